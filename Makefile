@@ -1,0 +1,50 @@
+# Everything runs in an environment of its own, .venv, made from the pinned lock on the first call.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(READY): requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distrl needs Python >= 3.11, got " + sys.version.split()[0] + "; call make PYTHON=python3.11 ...")'
+	@echo "Installing into $(VENV) (a minute or two, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+setup: $(READY) ## Make the environment
+
+quickstart: $(READY) ## Train a tiny model to sort digits, a few minutes
+	@$(BIN)/distrl quickstart $(ARGS)
+
+test: $(READY) ## All tests that need no GPU and no network
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## Format, lint, types, layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+fix: $(READY) ## Format and mend what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## Benchmarks; JSON lines
+	@$(BIN)/python -m benchmarks.latency_hiding
+
+.PHONY: help setup quickstart test check fix bench lock
+
+lock: $(READY) ## Pin the newest versions that pyproject.toml allows
+	@$(BIN)/pip install --quiet pip-tools
+	@echo 'torch==2.13.0' > $(VENV)/torch.txt
+	@$(BIN)/pip-compile --quiet --upgrade --extra dev --strip-extras --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+		--constraint $(VENV)/torch.txt --output-file $(VENV)/cpu.lock pyproject.toml
+	@{ sed -n '/^#/p' requirements/cpu.lock; sed 's/+cpu$$//' $(VENV)/cpu.lock; } > $(VENV)/cpu.new
+	@mv $(VENV)/cpu.new requirements/cpu.lock

@@ -1,0 +1,1 @@
+"""What runs beside the learner: coordinator, generation, grading, reference, policy store, journal."""

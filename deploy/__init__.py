@@ -1,0 +1,1 @@
+"""Puts a run together: CLI, wiring of Ray actors, progress, quickstart."""

@@ -1,0 +1,48 @@
+"""Exceptions of distrl. Each takes one message, so that it survives pickling between Ray processes.
+
+DistrlError
+├── ConfigError (ValueError)       a setting is missing, unknown, out of range or contradicts another
+├── DataError (ValueError)         a prompt file, model directory or dataset cannot be used
+├── SchemaError (ValueError)       a record batch breaks a rule of its stage's schema
+├── LedgerError (RuntimeError)     a ticket transition that the state machine does not allow
+├── StageError (RuntimeError)      a generation, grading, reference or journal call failed
+├── PolicyError (RuntimeError)     published weights are missing, damaged or of the wrong shape
+├── DeadlineError (TimeoutError)   something was waited for longer than its configured deadline
+└── RunError (RuntimeError)        a run directory or a running system is not in the state that was asked for
+"""
+
+
+class DistrlError(Exception):
+    """Base class of every error that distrl raises on purpose."""
+
+
+class ConfigError(DistrlError, ValueError):
+    """A setting is missing, unknown, out of range or contradicts another."""
+
+
+class DataError(DistrlError, ValueError):
+    """A prompt file, model directory or dataset cannot be used."""
+
+
+class SchemaError(DistrlError, ValueError):
+    """A record batch breaks a rule of its stage's schema."""
+
+
+class LedgerError(DistrlError, RuntimeError):
+    """A ticket transition that the state machine does not allow."""
+
+
+class StageError(DistrlError, RuntimeError):
+    """A generation, grading, reference or journal call failed."""
+
+
+class PolicyError(DistrlError, RuntimeError):
+    """Published weights are missing, damaged or of the wrong shape."""
+
+
+class DeadlineError(DistrlError, TimeoutError):
+    """Something was waited for longer than its configured deadline."""
+
+
+class RunError(DistrlError, RuntimeError):
+    """A run directory or a running system is not in the state that was asked for."""

@@ -1,0 +1,1 @@
+"""The learner: training loop, batching, optimiser, checkpoints, publishing of weights."""
