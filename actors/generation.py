@@ -1,0 +1,128 @@
+"""Generation: samples the responses of a ticket and returns them as a record batch."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from distrl.errors import PolicyError
+from distrl.manifest import unpack
+from distrl.messages import Chunk, GenerationReceipt, LoadReceipt, Manifest
+from distrl.sampling import Engine, Sample, SampleRequest, SamplingParams
+from distrl.schema import Stage, record_batch
+from distrl.tickets import Ticket
+
+Fetch = Callable[[int], Awaitable[tuple[Manifest, list[Chunk]]]]
+"""Gets a published version from the policy store: its manifest and the bytes."""
+
+
+class Text(Protocol):
+    """The part of a tokenizer that generation needs."""
+
+    def encode(self, text: str) -> tuple[int, ...]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class Generation:
+    """Samples tickets with an engine; many calls run at the same time and share the engine's batches.
+
+    Args:
+        name: of this worker, for messages and the `engine` column.
+        fetch: how to get a published version; called while sampling goes on.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        text: Text,
+        params: SamplingParams,
+        fetch: Fetch,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._text = text
+        self._params = params
+        self._fetch = fetch
+        self._clock = clock
+        self._loading = asyncio.Lock()
+
+    @ray.method(num_returns=2)
+    async def generate(self, ticket: Ticket) -> tuple[GenerationReceipt, pa.RecordBatch]:
+        """Samples `ticket.group_size` responses.
+
+        Raises:
+            StageError: the engine cannot sample the prompt. SchemaError: it answered something impossible.
+        """
+        started_s = self._clock()
+        prompt = self._text.encode(ticket.prompt)
+        name = f"{ticket.role[0]}{ticket.ticket_id}.{ticket.redraw}"
+        request = SampleRequest(name, prompt, ticket.group_size, self._params, ticket.stream)
+        samples = await self._engine.sample(request)
+        batch = self._batch(ticket, prompt, samples, started_s)
+        receipt = GenerationReceipt(
+            ticket_id=ticket.ticket_id,
+            rollouts=len(samples),
+            response_tokens=sum(len(s.token_ids) for s in samples),
+            oldest_version=min(s.versions[0] for s in samples),
+            newest_version=max(s.versions[-1] for s in samples),
+            bytes=batch.nbytes,
+            started_s=started_s,
+            finished_s=self._clock(),
+        )
+        return receipt, batch
+
+    def _batch(
+        self, ticket: Ticket, prompt: tuple[int, ...], samples: list[Sample], started_s: float
+    ) -> pa.RecordBatch:
+        rows = len(samples)
+        columns: dict[str, Any] = {
+            "rollout_id": [ticket.rollout_id(g) for g in range(rows)],
+            "ticket_id": [ticket.ticket_id] * rows,
+            "redraw": [ticket.redraw] * rows,
+            "prompt_id": [ticket.prompt_id] * rows,
+            "role": [ticket.role] * rows,
+            "group_index": list(range(rows)),
+            "prompt_token_ids": [prompt] * rows,
+            "response_token_ids": [s.token_ids for s in samples],
+            "behavior_logps": [s.logps for s in samples],
+            "policy_versions": [s.versions for s in samples],
+            "loss_mask": [[True] * len(s.token_ids) for s in samples],
+            "finish_reason": [s.finish_reason for s in samples],
+            "text": [self._text.decode(s.token_ids) for s in samples],
+            "temperature": [self._params.temperature] * rows,
+            "top_p": [self._params.top_p] * rows,
+            "top_k": [self._params.top_k] * rows,
+            "max_new_tokens": [self._params.max_new_tokens] * rows,
+            "engine": [self._name] * rows,
+            "generation_started_s": [started_s] * rows,
+            "generation_finished_s": [self._clock()] * rows,
+        }
+        return record_batch(Stage.GENERATION, columns)
+
+    @ray.method
+    async def pull(self, version: int) -> LoadReceipt:
+        """Fetches and verifies a published version while sampling goes on, then loads it between two decode steps.
+
+        Raises:
+            PolicyError: the store does not have it, its bytes are damaged, or a tensor does not fit; the old
+                weights stay.
+        """
+        async with self._loading:
+            began = self._clock()
+            manifest, chunks = await self._fetch(version)
+            if manifest.version != version:
+                raise PolicyError(f"{self._name} asked for policy version {version}, got {manifest.version}")
+            tensors = await asyncio.to_thread(unpack, manifest, chunks)
+            fetched = self._clock()
+            report = await self._engine.load(version, tensors)
+            return LoadReceipt(version, fetched - began, report.pause_s, report.sequences_in_flight)
+
+    @ray.method
+    async def close(self) -> None:
+        await self._engine.close()

@@ -1,0 +1,113 @@
+"""The journal: finished rollouts as immutable Arrow IPC files, safe on disk before they count as ready."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+
+from distrl.messages import JournalReceipt
+from distrl.rollouts import join
+from distrl.schema import SCHEMAS, Stage
+
+FLUSH_S = 0.05
+"""Rollouts wait at most this long for others to share a file with."""
+FLUSH_BYTES = 16 << 20
+"""A file is written as soon as this much waits."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    rollouts: pa.RecordBatch
+    written: "asyncio.Future[JournalReceipt]"
+
+
+class Journal:
+    """Writes one file per flush, aside first, synced, then renamed: a file that has its name is complete.
+
+    Args:
+        directory: for the files; made if it is missing.
+        clock: seconds since the epoch; part of the file names, so that a restarted journal overwrites nothing.
+    """
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self._directory = directory
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._prefix = f"{int(clock() * 1000):013d}"
+        self._files = 0
+        self._waiting: list[_Entry] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing = asyncio.Lock()
+        self._flushes: set[asyncio.Task[None]] = set()
+
+    @ray.method
+    async def append(
+        self, generation: pa.RecordBatch, grading: pa.RecordBatch, reference: pa.RecordBatch | None
+    ) -> JournalReceipt:
+        """Joins a ticket's columns and writes them; returns when the file is safe.
+
+        Raises:
+            SchemaError: a stage's batch lacks a rollout. OSError: the disk refused.
+        """
+        loop = asyncio.get_running_loop()
+        entry = _Entry(join(generation, grading, reference), loop.create_future())
+        self._waiting.append(entry)
+        if sum(e.rollouts.nbytes for e in self._waiting) >= FLUSH_BYTES:
+            self._flush()
+        elif self._timer is None:
+            self._timer = loop.call_later(FLUSH_S, self._flush)
+        return await entry.written
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._waiting:
+            return
+        entries, self._waiting = self._waiting, []
+        task = asyncio.get_running_loop().create_task(self._write(entries))
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
+
+    async def _write(self, entries: list[_Entry]) -> None:
+        async with self._writing:
+            path = self._directory / f"{self._prefix}-{self._files:06d}.arrow"
+            self._files += 1
+            try:
+                receipt = await asyncio.to_thread(_write_file, path, [e.rollouts for e in entries])
+            except BaseException as error:
+                for entry in entries:
+                    if not entry.written.done():
+                        entry.written.set_exception(error)
+                if not isinstance(error, OSError):
+                    raise
+                return
+        for entry in entries:
+            if not entry.written.done():
+                entry.written.set_result(receipt)
+
+
+def _write_file(path: Path, batches: list[pa.RecordBatch]) -> JournalReceipt:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMAS[Stage.JOURNAL]) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    data = memoryview(sink.getvalue())
+    aside = path.with_suffix(".partial")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name must survive a crash too
+    finally:
+        os.close(directory)
+    digest = hashlib.sha256(data).hexdigest()
+    return JournalReceipt(str(path), digest, sum(b.num_rows for b in batches), len(data))

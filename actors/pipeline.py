@@ -1,0 +1,185 @@
+"""Takes one ticket through its stages: generation, then grading and reference scoring at once, then the journal."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.calls import Caller
+from actors.coalescer import Coalescer
+from actors.flight import Flight
+from actors.pool import Member, Pool
+from distrl.errors import DistrlError
+from distrl.messages import GenerationReceipt, JournalReceipt
+from distrl.tickets import DropReason
+
+
+class TicketFailedError(Exception):
+    """A ticket used up its attempts in one stage; it is dropped with this reason."""
+
+    def __init__(self, reason: DropReason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineLimits:
+    """Bounds of the calls; see `distrl.config.LimitsConfig` and the stages' sections."""
+
+    attempts: int
+    retry_delay_s: float
+    generation_timeout_s: float
+    grading_timeout_s: float
+    reference_timeout_s: float
+    journal_timeout_s: float
+    grading_tickets_per_call: int
+    reference_tickets_per_call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grades:
+    """What the coordinator learns of a ticket's grading."""
+
+    reward_sum: float
+    correct: int
+    rollouts: int
+
+
+class Pipeline:
+    """Calls the stages and keeps the references; never touches the data.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        generation: Pool,
+        grading: Pool,
+        reference: Pool | None,
+        journal: Caller,
+        limits: PipelineLimits,
+        clock: Callable[[], float],
+    ) -> None:
+        self.generation = generation
+        self.grading = grading
+        self.reference = reference
+        self._journal = journal
+        self._limits = limits
+        self._clock = clock
+        self.on_failure: Callable[[Flight, DistrlError], None] = lambda flight, error: None
+        """Told of every failed call."""
+        self.rollouts: Counter[str] = Counter()
+        """Rollouts that each stage has finished so far."""
+        self._grade_calls = Coalescer(grading, limits.grading_tickets_per_call, self._call_grading)
+        if reference is not None:
+            self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference)
+
+    async def sample(self, flight: Flight, member: Member | None, fits: Callable[[Member], bool]) -> GenerationReceipt:
+        """Samples the ticket's responses.
+
+        Args:
+            member: where `ticket.group_size` places are already taken for the first attempt, or None.
+            fits: which members may sample it.
+        Raises:
+            TicketFailedError: every attempt failed.
+        """
+        places = flight.ticket.group_size
+        first = member
+
+        async def attempt() -> GenerationReceipt:
+            nonlocal first
+            here = first or await self.generation.wait_take(places, fits)
+            first = None
+            flight.enter("generation", self._clock())
+            try:
+                answer: GenerationReceipt
+                answer, flight.generation = await here.caller.batch(
+                    "generate", flight.ticket, timeout_s=self._limits.generation_timeout_s
+                )
+            finally:
+                await self.generation.give_back(here, places)
+            return answer
+
+        receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)
+        self._span(flight, "generation", flight.stage_since_s)
+        flight.bytes += receipt.bytes
+        return receipt
+
+    async def grade_and_score(self, flight: Flight) -> Grades:
+        """Grades the responses and, if the run has reference actors, scores them at the same time."""
+        flight.enter("grading", self._clock())
+        grading = asyncio.create_task(self.grade(flight))
+        tasks: list[asyncio.Task[Any]] = [grading]
+        if self.reference is not None:
+            tasks.append(asyncio.create_task(self._score(flight)))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return grading.result()
+
+    async def grade(self, flight: Flight) -> Grades:
+        began = self._clock()
+        grades, flight.grading = await self._attempts(
+            flight, DropReason.GRADING_FAILED, lambda: self._grade_calls.submit(flight)
+        )
+        self._span(flight, "grading", began)
+        return grades  # type: ignore[no-any-return]
+
+    async def _score(self, flight: Flight) -> None:
+        began = self._clock()
+        _, flight.reference = await self._attempts(
+            flight, DropReason.REFERENCE_FAILED, lambda: self._score_calls.submit(flight)
+        )
+        self._span(flight, "reference", began)
+
+    async def journal(self, flight: Flight) -> JournalReceipt:
+        """Writes the joined rollouts to disk; returns when they are safe there."""
+        flight.enter("journal", self._clock())
+
+        async def attempt() -> JournalReceipt:
+            columns = (flight.generation, flight.grading, flight.reference)
+            answer: JournalReceipt = await self._journal.ask(
+                "append", *columns, timeout_s=self._limits.journal_timeout_s
+            )
+            return answer
+
+        receipt: JournalReceipt = await self._attempts(flight, DropReason.JOURNAL_FAILED, attempt)
+        self._span(flight, "journal", flight.stage_since_s)
+        return receipt
+
+    async def _attempts(self, flight: Flight, reason: DropReason, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Makes a call until it succeeds, at most `limits.attempts` times, with a growing delay between."""
+        delay_s = self._limits.retry_delay_s
+        for left in reversed(range(self._limits.attempts)):
+            try:
+                return await attempt()
+            except DistrlError as error:
+                self.on_failure(flight, error)
+                if not left:
+                    raise TicketFailedError(reason, str(error)) from error
+            await asyncio.sleep(delay_s)
+            delay_s *= 2
+        raise AssertionError("limits.call_attempts is at least 1")
+
+    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades], Any]:
+        problems = {f.ticket.prompt_id: f.problem for f in jobs}
+        receipt, batch = await member.caller.batch(
+            "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
+        )
+        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, strict=True)
+        return [Grades(*row) for row in rows], batch
+
+    async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
+        _, batch = await member.caller.batch(
+            "score", *[f.generation for f in jobs], timeout_s=self._limits.reference_timeout_s
+        )
+        return [None] * len(jobs), batch
+
+    def _span(self, flight: Flight, stage: str, began: float) -> None:
+        flight.timeline.append((stage, began, self._clock()))
+        self.rollouts[stage] += flight.ticket.group_size

@@ -1,0 +1,62 @@
+"""Keeps what happened in a run: one JSON line per record in `metrics.jsonl`, and in memory for the driver."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distrl.messages import LoadReceipt, StepReport
+
+KEPT = 10_000
+"""Records kept in memory; the file has all."""
+
+
+class Recorder:
+    """Appends records; each has a number, a time and a kind.
+
+    Args:
+        path: the JSON Lines file; None keeps records in memory only.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
+        self._file = None if path is None else path.open("a", buffering=1)
+        self._clock = clock
+        self._records: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._next = 0
+
+    def after(self, number: int) -> list[dict[str, Any]]:
+        """The kept records with a number above `number`."""
+        return [r for r in self._records if r["number"] > number]
+
+    def event(self, kind: str, message: str) -> None:
+        self._add({"kind": kind, "message": message})
+
+    def step(self, report: StepReport, rewards: Sequence[float], staleness: Sequence[int], tokens: int) -> None:
+        """One optimizer step: the learner's metrics with the batch's mean reward and staleness."""
+        self._add(
+            {
+                "kind": "step",
+                **asdict(report),
+                "metrics": dict(report.metrics),
+                "reward_mean": sum(rewards) / len(rewards),
+                "staleness_mean": sum(staleness) / len(staleness),
+                "staleness_max": max(staleness),
+                "response_tokens": tokens,
+            }
+        )
+
+    def evaluation(self, row: dict[str, object]) -> None:
+        self._add({"kind": "evaluation", **row})
+
+    def load(self, actor: str, receipt: LoadReceipt) -> None:
+        self._add({"kind": "load", "actor": actor, **asdict(receipt)})
+
+    def _add(self, record: dict[str, Any]) -> None:
+        record = {"number": self._next, "time_s": self._clock(), **record}
+        self._next += 1
+        self._records.append(record)
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")

@@ -1,0 +1,91 @@
+"""The command line: `distrl quickstart | train | validate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distrl.errors import ConfigError, DataError, DistrlError
+
+app = typer.Typer(
+    help="RL post-training of language models with asynchronous actors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+"""The config or the data cannot be used; nothing was started."""
+EXIT_INTERRUPTED = 130
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override, such as train.steps=20."),
+]
+
+
+@app.command()
+def quickstart(overrides: Overrides = None) -> None:
+    """Train a tiny model to sort digits, on this machine, in a few minutes.
+
+    Makes the model and warms it up by supervised steps (cached), then runs asynchronous RL.
+
+    Example: distrl quickstart run.name=first train.steps=30
+    """
+    from deploy.quickstart import run_quickstart
+
+    run_quickstart(overrides or [], Console())
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run the training that CONFIG describes.
+
+    Example: distrl train examples/sort_digits.yaml train.steps=20 run.name=short
+    """
+    from deploy.progress import Terminal
+    from deploy.run import run_training
+    from distrl.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    run_training(loaded, Terminal(Console(), loaded.train.steps, loaded.run.name))
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check CONFIG and say in words what it would run; starts nothing.
+
+    Example: distrl validate examples/sort_digits.yaml train.max_staleness=0
+    """
+    from deploy.check import check_run, explain
+    from distrl.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    for line in explain(loaded, check_run(loaded)):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Entry point of the `distrl` command. Exit status 0: done; 1: the run failed; 2: refused; 130: interrupted."""
+    from deploy.guard import check_packages
+
+    try:
+        check_packages()
+        app(standalone_mode=True)
+    except (ConfigError, DataError) as error:
+        _say(error)
+        sys.exit(EXIT_REFUSED)
+    except DistrlError as error:
+        _say(error)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _say(error: DistrlError) -> None:
+    typer.echo(f"{type(error).__name__}: {error}", err=True)

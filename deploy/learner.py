@@ -1,0 +1,175 @@
+"""The learner under Ray Train: its connection to the run, its worker function, and the group as the run sees it."""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.calls import unwrap
+from deploy.run_dir import RunDir
+from distrl.config import Config
+from distrl.errors import DeadlineError, RunError
+from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
+from learners.checkpoint import TrainState
+from learners.group import GroupStatus
+from learners.loop import LoopSettings, Stages, Trainer, World, train
+from learners.optimizer import OptimizerSettings
+
+RESOURCE = "distrl_learner"
+"""A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""
+
+
+class RayLink:
+    """The training loop's calls to the coordinator and the policy store, each with a deadline.
+
+    Waiting for a batch has none: how long sampling may take is bounded by the stages' own timeouts, and the
+    coordinator's answer ends when the run fails.
+    """
+
+    def __init__(self, coordinator: Any, store: Any, timeout_s: float) -> None:
+        self._coordinator = coordinator
+        self._store = store
+        self._timeout_s = timeout_s
+
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
+        grant: BatchGrant = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
+        tickets = []
+        for ticket in grant.tickets:
+            refs = [ticket.generation, ticket.grading, ticket.reference]
+            values = self._get([r for r in refs if r is not None], f"rollouts of ticket {ticket.ticket_id}")
+            tickets.append((values[0], values[1], values[2] if ticket.reference is not None else None))
+        return tickets, {t.ticket_id: t.staleness for t in grant.tickets}
+
+    def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
+        version = self._get(self._coordinator.trained.remote(report, dict(staleness)), "trained")
+        return int(version)
+
+    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
+        sent = [self._store.add_chunk.remote(manifest.version, i, chunk) for i, chunk in enumerate(chunks)]
+        self._get(sent, "add_chunk")
+        self._get(self._store.publish.remote(manifest), "publish")
+        told = self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256)
+        self._get(told, "published")
+
+    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+        call = self._coordinator.commit_checkpoint.remote(str(path), state.step, state.version, sha256)
+        self._get(call, "commit_checkpoint")
+
+    def _get(self, refs: Any, what: str, timeout_s: float | None = -1.0) -> Any:
+        timeout_s = self._timeout_s if timeout_s == -1.0 else timeout_s
+        try:
+            return ray.get(refs, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise DeadlineError(
+                f"the learner's call {what} must be answered within limits.publish_timeout_s = {timeout_s:g} s, "
+                "got nothing; look at the coordinator's log"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error, what) from error
+
+
+def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
+    """The training loop's part of the config."""
+    t = config.train
+    return LoopSettings(
+        steps=t.steps,
+        temperature=config.rollout.temperature,
+        micro_batch_tokens=t.micro_batch_tokens,
+        checkpoint_every_steps=t.checkpoint_every_steps,
+        checkpoints=run_dir.checkpoints,
+        optimizer=OptimizerSettings(t.learning_rate, t.lr_warmup_steps, t.weight_decay, t.betas, t.max_grad_norm),
+    )
+
+
+def worker_main(arguments: Mapping[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import torch
+    from ray import train as ray_train
+
+    from deploy.check import build_recipe
+    from distrl.models import load_model, load_tokenizer
+
+    config: Config = arguments["config"]
+    torch.set_num_threads(config.run.threads_per_process)
+    settings = loop_settings(config, arguments["run_dir"])
+    tokenizer = load_tokenizer(config.model.path)
+    trainer = Trainer(load_model(config.model.path, torch.float32), tokenizer, build_recipe(config), settings)
+    link = RayLink(arguments["coordinator"], arguments["store"], config.limits.publish_timeout_s)
+    context = ray_train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+
+    def report(metrics: Mapping[str, float]) -> None:
+        ray_train.report(dict(metrics))
+
+    train(trainer, settings, link, world, None, report)
+
+
+class RayTrainGroup:
+    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive."""
+
+    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
+        self._arguments = {
+            "config": config,
+            "run_dir": run_dir,
+            "coordinator": coordinator,
+            "store": store,
+        }
+        self._run_dir = run_dir
+        self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
+        self._status = GroupStatus.STARTING
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def status(self) -> GroupStatus:
+        return self._status
+
+    def error(self) -> BaseException | None:
+        return self._error
+
+    def stop(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _fit(self) -> None:
+        # Imported here, beside the start of the other actors: it takes seconds.
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        try:
+            trainer = TorchTrainer(
+                worker_main,
+                train_loop_config=self._arguments,
+                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, RESOURCE: 1}),
+                run_config=RunConfig(
+                    name="learner",
+                    storage_path=str(self._run_dir.path / "ray_train"),
+                    failure_config=FailureConfig(max_failures=0),
+                ),
+            )
+            self._status = GroupStatus.RUNNING
+            trainer.fit()
+            self._status = GroupStatus.FINISHED
+        except BaseException as error:  # noqa: BLE001  (kept for the run, which raises it in its own thread)
+            self._error = RunError(f"the learner failed: {_cause(error)}")
+            self._status = GroupStatus.FAILED
+
+
+def _cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    return f"{type(error).__name__}: {error}"
+
+
+def train_environment() -> None:
+    """Settings that Ray Train reads from the environment; must be set before it is imported."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,83 @@
+"""The coordinator's actor."""
+
+import time
+from typing import Any
+
+from actors.calls import RayCaller
+from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.pipeline import Pipeline, PipelineLimits
+from actors.pool import Pool
+from actors.recorder import Recorder
+from deploy.run_dir import RunDir
+from distrl.config import Config
+from distrl.ledger import Ledger
+from distrl.tasks import load_task, prompt_index
+
+
+class CoordinatorActor(Coordinator):
+    """`Coordinator` over the handles of the other actors."""
+
+    def __init__(self, config: Config, run_dir: RunDir, handles: dict[str, list[Any]]) -> None:
+        task = load_task(config.data)
+        seed, size = config.run.seed, len(task.train)
+        heldout = task.heldout[: config.evaluation.problems]
+        prompts = Prompts(
+            draw=lambda ticket_id: task.train[prompt_index(seed, ticket_id, size)],
+            heldout=heldout,
+            heldout_during=heldout[: config.evaluation.problems_during],
+        )
+        pools = {}
+        for stage, capacity in (
+            ("generation", config.generation.slots),
+            ("grading", config.grading.concurrency),
+            ("reference", 1),
+        ):
+            pools[stage] = Pool(stage)
+            for i, handle in enumerate(handles[stage]):
+                pools[stage].add(RayCaller(f"{stage}-{i}", handle), capacity)
+        pipeline = Pipeline(
+            pools["generation"],
+            pools["grading"],
+            pools["reference"] if handles["reference"] else None,
+            RayCaller("journal", handles["journal"][0]),
+            pipeline_limits(config),
+            time.time,
+        )
+        super().__init__(
+            coordinator_settings(config),
+            Ledger(run_dir.ledger),
+            prompts,
+            pipeline,
+            Recorder(run_dir.metrics, time.time),
+            time.time,
+        )
+
+
+def pipeline_limits(config: Config) -> PipelineLimits:
+    """The bounds of stage calls from the config."""
+    return PipelineLimits(
+        attempts=config.limits.call_attempts,
+        retry_delay_s=config.limits.retry_delay_s,
+        generation_timeout_s=config.generation.timeout_s,
+        grading_timeout_s=config.grading.timeout_s,
+        reference_timeout_s=config.reference.timeout_s,
+        journal_timeout_s=config.limits.journal_timeout_s,
+        grading_tickets_per_call=config.grading.tickets_per_call,
+        reference_tickets_per_call=config.reference.tickets_per_call,
+    )
+
+
+def coordinator_settings(config: Config) -> CoordinatorSettings:
+    """The coordinator's part of the config."""
+    return CoordinatorSettings(
+        seed=config.run.seed,
+        steps=config.train.steps,
+        group_size=config.rollout.group_size,
+        admission=config.admission,
+        on_stale=config.train.on_stale,
+        call_attempts=config.limits.call_attempts,
+        sync_timeout_s=config.limits.sync_timeout_s,
+        ready_bytes=config.limits.ready_bytes,
+        drops_in_a_row=config.limits.drops_in_a_row,
+        evaluate_every_steps=config.evaluation.every_steps,
+    )

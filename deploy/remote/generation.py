@@ -1,0 +1,47 @@
+"""The generation actor."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from actors.calls import RayCaller, unwrap
+from actors.engines.build import build_engine
+from actors.generation import Generation
+from distrl.config import Config
+from distrl.messages import Chunk, Manifest
+from distrl.models import load_tokenizer
+
+
+class GenerationActor(Generation):
+    """`Generation` with the engine that the config names."""
+
+    def __init__(self, config: Config, name: str, store: Any) -> None:
+        caller = RayCaller("policy-store", store)
+
+        async def fetch(version: int) -> tuple[Manifest, list[Chunk]]:
+            timeout_s = config.limits.sync_timeout_s
+            manifest, refs = await caller.ask("fetch", version, timeout_s=timeout_s)
+            try:
+                return manifest, [await ref for ref in refs]
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error, f"{name} fetching policy version {version}") from error
+
+        torch.set_num_threads(config.run.threads_per_process)
+        tokenizer = load_tokenizer(config.model.path)
+        engine = build_engine(config, tokenizer)
+        super().__init__(name, engine, ModelText(tokenizer), config.sampling, fetch)
+
+
+class ModelText:
+    """Text to tokens and back with a Hugging Face tokenizer; special tokens are not text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -1,0 +1,11 @@
+"""The journal's actor."""
+
+from actors.journal import Journal
+from deploy.run_dir import RunDir
+
+
+class JournalActor(Journal):
+    """`Journal` in the run's directory."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        super().__init__(run_dir.journal)

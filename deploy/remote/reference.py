@@ -1,0 +1,13 @@
+"""The reference actor."""
+
+from actors.reference import Reference
+from actors.scoring import model_scorer
+from distrl.config import Config
+
+
+class ReferenceActor(Reference):
+    """`Reference` with the reference model, or with the model that training starts from."""
+
+    def __init__(self, config: Config) -> None:
+        path = config.reference.path or config.model.path
+        super().__init__(model_scorer(path, config.rollout.temperature, config.run.threads_per_process))

@@ -1,0 +1,76 @@
+"""The directory of one run: what lies where, and how it comes about."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distrl.config import Config, dump_config
+from distrl.errors import RunError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths inside a run's directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+
+def create_run_dir(config: Config) -> RunDir:
+    """Makes the run's directory with its resolved config.
+
+    Raises:
+        RunError: the directory exists already, or cannot be made.
+    """
+    run_dir = RunDir(config.run_dir.absolute())
+    try:
+        run_dir.path.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(
+            f"run.name: the directory {config.run_dir} must not exist yet, a run never overwrites another; "
+            f"choose a new name with run.name=... or delete it"
+        ) from None
+    except OSError as error:
+        raise RunError(f"run.dir: {config.run_dir} cannot be made: {error.strerror}") from error
+    run_dir.config.write_text(dump_config(config))
+    write_json(run_dir.run_json, {"format": FORMAT, "name": config.run.name, "pid": os.getpid()})
+    return run_dir
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file so that a reader sees the old content or the new one, never half."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    aside.replace(path)

@@ -1,0 +1,57 @@
+"""What a run came to: the numbers of `summary.json`."""
+
+import json
+import sqlite3
+from typing import Any
+
+from deploy.run_dir import RunDir
+
+
+def summarize(run_dir: RunDir, snapshot: dict[str, Any], wall_s: float) -> dict[str, Any]:
+    """Reads the ledger and the metrics of a finished run.
+
+    Args:
+        snapshot: the coordinator's last one.
+        wall_s: seconds from the start of the command to the end of the last evaluation.
+    Returns:
+        heldout_accuracy_before and _after with standard errors; steps; rollouts trained; wall_s;
+        learner_wait_fraction, the share of the learner's time between its first batch and its last step that it
+        waited for batches; learner_waits_s by the stage that it waited for, the wait for the first batch included;
+        generation_held_s, in which generation was idle because the learner had to catch up; max_observed_staleness;
+        tickets (issued, trained, dropped by reason).
+    """
+    with sqlite3.connect(run_dir.ledger) as db:
+        evaluations = {
+            name: (accuracy, error, responses)
+            for name, accuracy, error, responses in db.execute(
+                "SELECT name, accuracy, standard_error, responses FROM evaluations ORDER BY evaluation"
+            )
+        }
+        trained, rollouts = db.execute(
+            "SELECT COUNT(*), COALESCE(SUM(rollouts), 0) FROM tickets WHERE trained_step IS NOT NULL"
+        ).fetchone()
+    with run_dir.metrics.open() as file:
+        steps = [r for r in map(json.loads, file) if r["kind"] == "step"]
+    waited = sum(r["wait_s"] for r in steps[1:])
+    busy = sum(r["train_s"] for r in steps) + sum(r["last_publish_s"] for r in steps)
+    before, after = evaluations["before"], evaluations["after"]
+    counts = snapshot["tickets"]
+    return {
+        "heldout_accuracy_before": before[0],
+        "heldout_accuracy_before_standard_error": before[1],
+        "heldout_accuracy_after": after[0],
+        "heldout_accuracy_after_standard_error": after[1],
+        "heldout_problems": after[2],
+        "steps": len(steps),
+        "rollouts": rollouts,
+        "wall_s": round(wall_s, 3),
+        "learner_wait_fraction": waited / (waited + busy) if steps else 0.0,
+        "learner_waits_s": snapshot["learner_waits_s"],
+        "generation_held_s": snapshot["generation_held_s"],
+        "max_observed_staleness": snapshot["max_staleness"],
+        "tickets": {
+            "issued": sum(counts.values()),
+            "trained": trained,
+            "dropped": snapshot["drops"],
+        },
+    }

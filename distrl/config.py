@@ -1,0 +1,303 @@
+"""The config of a run: one YAML file, overridden by `key=value`, every key used or refused.
+
+Durations end in `_s` (seconds), sizes in `_bytes`. Values derived from others are properties, never settable.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distrl.errors import ConfigError
+from distrl.sampling import SamplingParams
+from distrl.staleness import Admission
+from distrl.tasks.config import DataConfig
+
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+"""A relative path counts from the current directory, once: processes of a run have others."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(_Section):
+    """Where a run keeps what it makes."""
+
+    dir: AbsolutePath = Field(Path("runs"), validate_default=True)
+    """Folder that holds run directories; on a local disk, because the ledger is SQLite."""
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its directory."""
+    seed: int = Field(0, ge=0)
+    """Seed of prompt order, sampling noise and initialization."""
+    threads_per_process: int = Field(1, ge=1)
+    """CPU threads that torch may use in each generation, reference and learner process."""
+
+
+class ModelConfig(_Section):
+    """The model that is trained."""
+
+    path: AbsolutePath
+    """Directory of a Hugging Face causal language model with its tokenizer."""
+
+
+class RewardConfig(_Section):
+    """How a response is graded."""
+
+    grader: str | None = None
+    """`exact`, `numeric`, `reasoning_gym` or `module:function`; empty takes the one that fits the data source."""
+
+
+class RolloutConfig(_Section):
+    """What is sampled for each ticket."""
+
+    group_size: int = Field(16, ge=1)
+    """Responses per prompt."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens after which a response is cut."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits, in sampling and in the learner alike; tokens are never cut off by top-p or top-k, because
+    the learner's distribution is not cut off either and importance ratios would be wrong."""
+
+
+class GenerationConfig(_Section):
+    """The actors that sample."""
+
+    engine: Literal["transformers", "fake"] = "transformers"
+    """`transformers`: decode loop over a local model; `fake`: deterministic and instant, for tests of the system."""
+    actors: int = Field(1, ge=1)
+    """Generation actors."""
+    slots: int = Field(256, ge=1)
+    """Responses that one actor samples at the same time."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds a ticket may take to be sampled before the call counts as failed."""
+
+
+class GradingConfig(_Section):
+    """The actors that grade."""
+
+    actors: int = Field(1, ge=1)
+    """Grading actors."""
+    concurrency: int = Field(8, ge=1)
+    """Tickets that one actor grades at the same time."""
+    tickets_per_call: int = Field(4, ge=1)
+    """Most tickets that one call grades."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds a call may take before it counts as failed."""
+
+
+class ReferenceConfig(_Section):
+    """The actors that score rollouts under the reference model; started only when the objective needs them."""
+
+    path: AbsolutePath | None = None
+    """Directory of the reference model; empty takes `model.path`."""
+    actors: int = Field(1, ge=1)
+    """Reference actors."""
+    tickets_per_call: int = Field(4, ge=1)
+    """Most tickets that one call scores."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Seconds a call may take before it counts as failed."""
+
+
+class ObjectiveConfig(_Section):
+    """What the learner minimizes."""
+
+    recipe: str = "topr"
+    """Name of a recipe."""
+    options: Mapping[str, float | int | str | bool] = {}
+    """Options of that recipe; one that it does not know is refused."""
+
+
+class TrainConfig(_Section):
+    """The learner."""
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps of the run."""
+    tickets_per_step: int = Field(32, ge=1)
+    """Tickets of one batch; the batch holds this many times `rollout.group_size` rollouts."""
+    max_staleness: int = Field(2, ge=0)
+    """Most optimizer steps between the oldest version in a rollout and the learner; 0 is synchronous training."""
+    on_stale: Literal["wait", "keep"] = "wait"
+    """`wait`: a step waits for a ticket that would become too old; `keep`: it is trained whenever it comes."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """AdamW's learning rate after the warm-up."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient's global norm is clipped to this."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Most padded tokens of one forward and backward pass; larger batches accumulate gradients."""
+    checkpoint_every_steps: int = Field(20, ge=1)
+    """Steps between checkpoints; the last step always makes one."""
+
+
+class EvaluationConfig(_Section):
+    """Held-out problems, sampled with the rollouts' temperature by the generation actors."""
+
+    problems: int = Field(1024, ge=1)
+    """Held-out problems before and after training, one response each."""
+    every_steps: int = Field(10, ge=0)
+    """Steps between the shorter evaluations during training; 0 is none."""
+    problems_during: int = Field(256, ge=1)
+    """Held-out problems of those."""
+
+
+class LimitsConfig(_Section):
+    """Bounds and deadlines."""
+
+    call_attempts: int = Field(3, ge=1)
+    """Calls that a ticket may fail in before it is dropped."""
+    retry_delay_s: float = Field(0.5, ge=0)
+    """Seconds before the second attempt; doubles with each further one."""
+    start_timeout_s: float = Field(180.0, gt=0)
+    """Seconds until all actors and the learner must be up."""
+    sync_timeout_s: float = Field(120.0, gt=0)
+    """Seconds until a generation actor must have loaded a published version."""
+    publish_timeout_s: float = Field(120.0, gt=0)
+    """Seconds that one call of the learner to the coordinator or the policy store may take."""
+    journal_timeout_s: float = Field(60.0, gt=0)
+    """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
+    stall_warning_s: float = Field(60.0, gt=0)
+    """Seconds without progress after which the run says who is waiting for whom."""
+    drops_in_a_row: int = Field(64, ge=1)
+    """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
+    ready_bytes: int = Field(1 << 30, ge=1)
+    """Size of the rollouts that may wait for the learner; more tickets are held back."""
+
+
+class Config(_Section):
+    """Everything that a run depends on."""
+
+    format: Literal[1] = 1
+    """Version of the config's format."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    generation: GenerationConfig = GenerationConfig()
+    grading: GradingConfig = GradingConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="after")
+    def _whole_groups_fit(self) -> "Config":
+        if self.generation.slots < self.rollout.group_size:
+            raise ValueError(
+                f"generation.slots must be >= rollout.group_size ({self.rollout.group_size}), got "
+                f"{self.generation.slots}; a ticket's responses are sampled together"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name
+
+    @property
+    def sampling(self) -> SamplingParams:
+        r = self.rollout
+        return SamplingParams(r.max_new_tokens, r.temperature)
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.train.max_staleness, self.train.tickets_per_step)
+
+    @property
+    def generation_concurrency(self) -> int:
+        """Tickets in flight in one generation actor: enough to fill its slots."""
+        return max(1, self.generation.slots // self.rollout.group_size)
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a config file and applies `section.key=value` overrides (values are YAML).
+
+    Relative paths in the file count from the current directory.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or a key is unknown, of the wrong type or out of range.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"config file {path}: must be readable: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path}: must be YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path}: must be a mapping of sections, got {type(values).__name__}")
+    return make_config(values, overrides)
+
+
+def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """A config from nested mappings and overrides; see `load_config`."""
+    merged = _copy(values)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML: every key with the value that the run uses."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override must have the form section.key=value, got {override!r}")
+    *sections, key = name.split(".")
+    at = values
+    for section in sections:
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        at[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value must be YAML: {error}") from error
+
+
+def _explain(error: Any) -> str:
+    """One line per broken rule: dotted name, rule, value, remedy."""
+    name = ".".join(str(part) for part in error["loc"])
+    value = error["input"]
+    match error["type"]:
+        case "extra_forbidden":
+            close = get_close_matches(name, known_keys(), n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else "see docs/config.md for all keys"
+            return f"{name} is not a known key, got {value!r}; {hint}"
+        case "missing":
+            return f"{name} is required and has no default; add it to the config or pass {name}=..."
+        case "value_error":
+            return str(error["ctx"]["error"])  # our validators name their keys themselves
+        case _:
+            rule = error["msg"].removeprefix("Input should be ")
+            return f"{name} must be {rule}, got {value!r}"
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all keys, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

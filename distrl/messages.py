@@ -1,0 +1,128 @@
+"""What actors and learners tell each other beside record batches: small, picklable, frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Chunk = NDArray[np.uint8]
+"""Bytes of a published policy version."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReceipt:
+    """A ticket was sampled; its rollouts are in the batch that came with this receipt."""
+
+    ticket_id: int
+    rollouts: int
+    response_tokens: int
+    oldest_version: int
+    newest_version: int
+    bytes: int
+    """Size of the batch in the object store."""
+    started_s: float
+    finished_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GradingReceipt:
+    """Some tickets were graded; one entry per ticket, in the order they were given."""
+
+    reward_sums: tuple[float, ...]
+    correct: tuple[int, ...]
+    rollouts: tuple[int, ...]
+    bytes: int
+    started_s: float
+    finished_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceReceipt:
+    """Some tickets were scored by the reference model."""
+
+    tokens: int
+    bytes: int
+    started_s: float
+    finished_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JournalReceipt:
+    """A ticket's rollouts are on disk in this file."""
+
+    path: str
+    sha256: str
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReceipt:
+    """A generation actor now samples from `version`."""
+
+    version: int
+    fetch_s: float
+    """Seconds to fetch and verify, while sampling went on."""
+    pause_s: float
+    """Seconds in which no token was sampled."""
+    sequences_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in the chunks of a publication, and what it must hash to."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: int
+    offset: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The table of contents of one published policy version."""
+
+    version: int
+    step: int
+    tensors: tuple[TensorEntry, ...]
+    sha256: str
+    """Hash over the entries; two manifests with the same hash hold the same weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketGrant:
+    """One ticket of a batch for the learner: references to the columns of its stages, never the data."""
+
+    ticket_id: int
+    generation: object
+    grading: object
+    reference: object | None
+    staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGrant:
+    """The tickets that one optimizer step trains, in the order of their ids."""
+
+    step: int
+    """Number of the step, the first is 1."""
+    tickets: tuple[TicketGrant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int
+    """Number of the step, the first is 1."""
+    wait_s: float
+    """Seconds the learner waited for the batch."""
+    train_s: float
+    """Seconds from receiving the batch to the new weights."""
+    last_publish_s: float
+    """Seconds that the step before took to publish its weights and to checkpoint."""
+    metrics: Mapping[str, float]

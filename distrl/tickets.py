@@ -1,0 +1,72 @@
+"""Tickets: the unit of work and of accounting, and the states it may pass through.
+
+    issued -> generated -> ready -> trained -> committed
+       \\__________\\_________\\______-> dropped(reason)
+
+A ticket is one draw of a prompt. It ends committed (its step is part of a saved checkpoint) or dropped with a reason;
+after a crash, what was trained since the last checkpoint goes back to ready or issued.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from distrl.errors import LedgerError
+
+
+class TicketState(StrEnum):
+    ISSUED = "issued"
+    GENERATED = "generated"
+    READY = "ready"
+    TRAINED = "trained"
+    COMMITTED = "committed"
+    DROPPED = "dropped"
+
+
+_S = TicketState
+TRANSITIONS: dict[TicketState, frozenset[TicketState]] = {
+    _S.ISSUED: frozenset({_S.GENERATED, _S.DROPPED}),
+    _S.GENERATED: frozenset({_S.READY, _S.DROPPED, _S.ISSUED}),
+    _S.READY: frozenset({_S.TRAINED, _S.DROPPED, _S.ISSUED}),
+    _S.TRAINED: frozenset({_S.COMMITTED, _S.READY, _S.ISSUED}),
+    _S.COMMITTED: frozenset(),
+    _S.DROPPED: frozenset(),
+}
+"""Where each state may go. Backward arrows are for recovery; committed and dropped are final."""
+
+
+class DropReason(StrEnum):
+    """Why a ticket will never be trained. A failure is one of these, never a zero reward."""
+
+    GENERATION_FAILED = "generation_failed"
+    GRADING_FAILED = "grading_failed"
+    REFERENCE_FAILED = "reference_failed"
+    JOURNAL_FAILED = "journal_failed"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    RUN_ENDED = "run_ended"
+
+
+def check_transition(ticket_id: int, old: TicketState, new: TicketState) -> None:
+    """Raises LedgerError when a ticket may not go from `old` to `new`."""
+    if new not in TRANSITIONS[old]:
+        allowed = ", ".join(sorted(TRANSITIONS[old])) or "nothing: it is final"
+        raise LedgerError(f"ticket {ticket_id} cannot go from {old} to {new}; from {old} it may go to {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One draw of a prompt, as the generation stage gets it."""
+
+    ticket_id: int
+    """Grows by one per draw; batches of a synchronous run are in this order."""
+    redraw: int
+    """How often this ticket was drawn again; part of its sampling noise."""
+    prompt_id: str
+    prompt: str
+    role: str
+    group_size: int
+    """Responses to sample."""
+    stream: tuple[int, ...]
+    """Names the ticket's sampling noise (`distrl.seeding`)."""
+
+    def rollout_id(self, group_index: int) -> str:
+        return f"{self.role[0]}{self.ticket_id}.{self.redraw}.{group_index}"

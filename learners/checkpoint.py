@@ -1,0 +1,91 @@
+"""Checkpoints: a Hugging Face model directory with the optimizer's state, complete or absent."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrl.errors import RunError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """What beside weights and optimizer says where training stands."""
+
+    step: int
+    """Optimizer steps done."""
+    version: int
+    """Policy version of the weights."""
+    format: int = FORMAT
+
+
+def save_checkpoint(
+    directory: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    save_tokenizer: Callable[[Path], object],
+) -> str:
+    """Writes a checkpoint aside and renames it, so that a directory with this name is complete.
+
+    Args:
+        model: with `save_pretrained`.
+        save_tokenizer: writes the tokenizer's files into the directory that it gets.
+    Returns:
+        sha256 over all files' names and bytes.
+    """
+    aside = directory.with_name(directory.name + ".partial")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    save_tokenizer(aside)
+    torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+    (aside / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+    digest = checkpoint_sha256(aside)
+    for path in sorted(aside.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    aside.rename(directory)
+    return digest
+
+
+def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Restores weights and optimizer in place.
+
+    Raises:
+        RunError: the directory is not a complete checkpoint, or of a newer format.
+    """
+    from safetensors.torch import load_model
+
+    try:
+        values: Mapping[str, Any] = json.loads((directory / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"checkpoint {directory}: state.json must be there and readable: {error}") from error
+    if values["format"] > FORMAT:
+        raise RunError(
+            f"checkpoint {directory}: format must be at most {FORMAT}, got {values['format']}; "
+            "use the distrl that wrote it"
+        )
+    load_model(model, directory / "model.safetensors")
+    optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
+    return TrainState(**values)
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """Hash over the names and bytes of a checkpoint's files."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

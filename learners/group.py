@@ -1,0 +1,29 @@
+"""The face that a run sees of its learner workers."""
+
+from enum import StrEnum
+from typing import Protocol
+
+
+class GroupStatus(StrEnum):
+    STARTING = "starting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class LearnerGroup(Protocol):
+    """Starts and ends the worker processes that run `learners.loop.train`."""
+
+    def start(self) -> None:
+        """Begins to start the workers; returns at once."""
+        ...
+
+    def status(self) -> GroupStatus: ...
+
+    def error(self) -> BaseException | None:
+        """Why the group failed, if it did."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the workers; waits at most `timeout_s` seconds."""
+        ...

@@ -1,0 +1,160 @@
+"""The training loop: take a batch, step, publish, checkpoint. Knows neither Ray nor how batches come about."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+
+from distrl.errors import RunError
+from distrl.logps import response_logps
+from distrl.manifest import pack
+from distrl.messages import Chunk, Manifest, StepReport
+from distrl.objectives import Batch, Recipe, combine, evaluate, prepare
+from distrl.weights import policy_tensors
+from learners.batches import TrainingBatch, micro_batches, training_batch
+from learners.checkpoint import TrainState, save_checkpoint
+from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
+
+Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
+"""A ticket's generation, grading and reference columns."""
+
+
+class RunLink(Protocol):
+    """What the loop asks of the rest of the run; every call has a deadline."""
+
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
+        """The tickets of a step, in order, and the staleness of each by ticket id."""
+        ...
+
+    def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
+        """A step is done; the version number for the weights that it made."""
+        ...
+
+    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
+        """Hands a version to the policy store and tells the run."""
+        ...
+
+    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+        """A checkpoint is complete; its tickets are committed with it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Which worker of how many this is."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """The part of the config that the loop reads; see there for units."""
+
+    steps: int
+    temperature: float
+    micro_batch_tokens: int
+    checkpoint_every_steps: int
+    checkpoints: Path
+    optimizer: OptimizerSettings
+
+
+class Trainer:
+    """One worker's model, optimizer and objective.
+
+    Args:
+        model: a Hugging Face causal language model, on its device; trained in place.
+        tokenizer: of the model; saved with each checkpoint, gives the padding token.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, recipe: Recipe, settings: LoopSettings) -> None:
+        self._model = model.train()
+        self._tokenizer = tokenizer
+        self._recipe = recipe
+        self._settings = settings
+        self.optimizer = make_optimizer(model, settings.optimizer)
+
+    def step(self, batch: TrainingBatch, step: int) -> dict[str, float]:
+        """One optimizer step on a global batch; `step` is its number, the first is 1.
+
+        Returns:
+            Metrics of the objective, with the gradient's norm before clipping and the learning rate.
+        Raises:
+            RunError: the gradient is not finite; the weights are unchanged.
+        """
+        tensors = Batch.from_tensors(batch.tensors, recipe=self._recipe.name, step=step - 1)
+        plan = prepare(self._recipe, tensors)
+        outputs = []
+        for index in micro_batches(batch.tokens, batch.tensors["group"], self._settings.micro_batch_tokens):
+            logps = response_logps(self._model, batch.tokens.rows(index), self._settings.temperature)
+            output = evaluate(self._recipe, tensors.rows(index, logps), plan.rows(index, logps.shape[1]))
+            output.loss.backward()
+            outputs.append(output)
+        norm = clip_gradient(self._model, self._settings.optimizer.max_grad_norm)
+        metrics = {**plan.metrics, **combine(outputs), "grad_norm": norm}
+        if not torch.isfinite(torch.tensor(norm)):
+            self.optimizer.zero_grad()
+            raise RunError(
+                f"step {step}: the gradient's norm must be finite, got {norm} (loss {metrics['loss']}); the weights "
+                "of the step before are unchanged"
+            )
+        rate = learning_rate(self._settings.optimizer, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {**metrics, "learning_rate": rate}
+
+    def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
+        return training_batch(tickets, self._tokenizer.pad_token_id or 0)
+
+    def publish(self, link: RunLink, version: int, step: int) -> None:
+        manifest, chunks = pack(policy_tensors(self._model), version=version, step=step)
+        link.publish(manifest, chunks)
+
+    def checkpoint(self, link: RunLink, state: TrainState) -> Path:
+        directory = self._settings.checkpoints / f"step-{state.step:06d}"
+        digest = save_checkpoint(directory, self._model, self.optimizer, state, self._tokenizer.save_pretrained)
+        link.commit_checkpoint(directory, state, digest)
+        return directory
+
+
+def train(
+    trainer: Trainer,
+    settings: LoopSettings,
+    link: RunLink,
+    world: World,
+    resume: TrainState | None,
+    report: Callable[[Mapping[str, float]], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Trains from where `resume` says up to `settings.steps`.
+
+    Args:
+        report: told of every step's metrics; under Ray Train it is what keeps the worker group informed.
+        clock: seconds, monotonic.
+    Raises:
+        RunError: more than one worker, or a step whose gradient is not finite.
+    """
+    if world.size != 1:
+        raise RunError(f"the learner must have 1 worker in this version, got {world.size}")
+    done = 0 if resume is None else resume.step
+    last_publish_s = 0.0
+    for step in range(done + 1, settings.steps + 1):
+        began = clock()
+        tickets, staleness = link.next_batch(step)
+        received = clock()
+        metrics = trainer.step(trainer.training_batch(tickets), step)
+        trained = clock()
+        version = link.trained(
+            StepReport(step, received - began, trained - received, last_publish_s, metrics), staleness
+        )
+        trainer.publish(link, version, step)
+        if step % settings.checkpoint_every_steps == 0 or step == settings.steps:
+            trainer.checkpoint(link, TrainState(step, version))
+        last_publish_s = clock() - trained
+        report(metrics)
