@@ -57,7 +57,9 @@ class LocalCaller:
     async def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
         values = [a.value if isinstance(a, LocalRef) else a for a in args]
         try:
-            return await asyncio.wait_for(getattr(self._worker, method)(*values), timeout_s)
+            # Not wait_for: before Python 3.12 it may swallow a cancellation that comes with the result.
+            async with asyncio.timeout(timeout_s):
+                return await getattr(self._worker, method)(*values)
         except TimeoutError:
             raise _late(self.name, method, timeout_s) from None
 
@@ -78,7 +80,8 @@ class RayCaller:
 
     async def _answer(self, method: str, ref: "ObjectRef[Any]", timeout_s: float) -> Any:
         try:
-            return await asyncio.wait_for(ref, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await ref
         except (TimeoutError, GetTimeoutError):
             ray.cancel(ref)
             raise _late(self.name, method, timeout_s) from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.pool import Member, Pool
-from distrl.errors import DistrlError
+from distrl.errors import DistrlError, StageError
 
 
 class MakeCall(Protocol):
@@ -61,6 +61,8 @@ class Coalescer:
     async def _run(self, member: Member, jobs: list[_Job]) -> None:
         try:
             parts, batch = await self._call(member, [job.content for job in jobs])
+            if len(parts) != len(jobs):
+                raise StageError(f"{member.name} must answer for each of {len(jobs)} tickets, got {len(parts)} answers")
         except DistrlError as error:
             if len(jobs) > 1:
                 for job in reversed(jobs):

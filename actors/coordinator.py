@@ -98,8 +98,8 @@ class Coordinator:
 
     # The run ----------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begins: the first evaluation, then tickets. Must be called inside the event loop."""
+    async def start(self) -> None:
+        """Begins to issue tickets, beside the first evaluation."""
         for member in self._pipeline.generation.members:
             self._spawn(self._follow(member))
         self._spawn(self._begin())

@@ -27,6 +27,10 @@ class Recorder:
         self._records: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._next = 0
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def after(self, number: int) -> list[dict[str, Any]]:
         """The kept records with a number above `number`."""
         return [r for r in self._records if r["number"] > number]

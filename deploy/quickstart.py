@@ -38,7 +38,7 @@ def warm_model(console: Console, data: DataConfig | None = None) -> Path:
     from distrl.warmup import WarmupPlan, cached_model
 
     data = data or make_config({**yaml.safe_load(CONFIG.read_text()), "model": {"path": "-"}}).data
-    plan = WarmupPlan(threads=os.cpu_count() or 1)
+    plan = WarmupPlan()
     cache = Path("runs/.models").absolute()
     known = set(cache.glob("*"))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.2f}"))
@@ -50,10 +50,10 @@ def warm_model(console: Console, data: DataConfig | None = None) -> Path:
 
         path = cached_model(cache, data, alphabet=ALPHABET, seed=0, plan=plan, progress=advance)
     report = json.loads((path / "warmup.json").read_text())["report"]
-    found = "found" if path in known else "made"
     console.print(
-        f"Model {found}: {os.path.relpath(path)}, warmed up by {report['steps']} supervised steps ({report['wall_s']:.0f} s when it was "
-        f"made) to a sampled accuracy of {report['sampled_accuracy']:.2f}",
+        f"Model {'found' if path in known else 'made'}: {os.path.relpath(path)}, warmed up by {report['steps']} "
+        f"supervised steps ({report['wall_s']:.0f} s when it was made) to a sampled accuracy of "
+        f"{report['sampled_accuracy']:.2f}",
         highlight=False,
         soft_wrap=True,
     )

@@ -289,8 +289,9 @@ def _explain(error: Any) -> str:
         case "value_error":
             return str(error["ctx"]["error"])  # our validators name their keys themselves
         case _:
-            rule = error["msg"].removeprefix("Input should be ")
-            return f"{name} must be {rule}, got {value!r}"
+            # "Input should be ...", "String should match ...", "Input is not a valid path ..."
+            _, should, rule = error["msg"].partition(" should ")
+            return f"{name} must {rule}, got {value!r}" if should else f"{name}: {error['msg']}, got {value!r}"
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -60,6 +60,11 @@ class Ledger:
         self._clock = clock
         self._db = sqlite3.connect(path if path is not None else ":memory:", isolation_level=None)
         self._db.row_factory = sqlite3.Row
+        if (found := self._format()) > FORMAT:
+            self._db.close()
+            raise LedgerError(
+                f"ledger {path}: format must be at most {FORMAT}, got {found}; use the distrl that wrote it"
+            )
         self._db.execute("PRAGMA journal_mode=WAL")
         # NORMAL survives the death of any process; only the loss of the machine can lose the last transactions.
         self._db.execute("PRAGMA synchronous=NORMAL")
@@ -67,11 +72,6 @@ class Ledger:
         self._db.executescript(_TABLES)
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
-        found = int(self._one("SELECT value FROM meta WHERE key = 'format'")["value"])
-        if found > FORMAT:
-            raise LedgerError(
-                f"ledger {path}: format must be at most {FORMAT}, got {found}; use the distrl that wrote it"
-            )
 
     def close(self) -> None:
         self._db.close()
@@ -195,7 +195,8 @@ class Ledger:
 
     def last_checkpoint(self) -> str | None:
         """Path of the checkpoint committed last; one that the ledger does not name does not exist."""
-        row = self._db.execute("SELECT path FROM checkpoints ORDER BY created_s DESC, step DESC LIMIT 1").fetchone()
+        # By row, neither by time nor by step: clocks go back, and so do steps after a rollback.
+        row = self._db.execute("SELECT path FROM checkpoints ORDER BY rowid DESC LIMIT 1").fetchone()
         return None if row is None else str(row["path"])
 
     def state(self, ticket_id: int) -> TicketState:
@@ -226,6 +227,13 @@ class Ledger:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _format(self) -> int:
+        """The format that the file has, FORMAT where it is new; read before anything is written."""
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            return FORMAT
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+        return FORMAT if row is None else int(row["value"])
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -70,7 +70,9 @@ def unpack(manifest: Manifest, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
                 "publish the version again"
             )
         dtype = getattr(torch, entry.dtype)
-        tensors[entry.name] = torch.from_numpy(data).view(dtype).reshape(entry.shape)
+        # Bytes of a tensor without elements cannot be viewed as another type.
+        flat = torch.from_numpy(data).view(dtype) if entry.bytes else torch.empty(0, dtype=dtype)
+        tensors[entry.name] = flat.reshape(entry.shape)
     return tensors
 
 

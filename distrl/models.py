@@ -3,7 +3,7 @@
 Nothing is ever downloaded: a path is a local directory or an error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,7 @@ def load_model(directory: Path | str, dtype: "torch.dtype", *, setting: str = "m
             damaged, incomplete or of the wrong shape. No parameter is ever left at a random value.
     """
     path = _model_directory(directory, setting)
-    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
-        raise DataError(
-            f"{setting} must hold weights ({' or '.join(_WEIGHTS)}), got {str(path)!r} without any; "
-            "export or download the model again"
-        )
+    _check_holds(path, "weights", _WEIGHTS, setting)
 
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -144,6 +141,8 @@ def load_tokenizer(directory: Path | str, *, setting: str = "model.path") -> "Pr
         DataError: there is no tokenizer, or it has no end-of-sequence token, so that no response could end.
     """
     path = _model_directory(directory, setting)
+    # Without a vocabulary transformers makes an empty tokenizer of the model's usual class, and says nothing.
+    _check_holds(path, "a tokenizer", _VOCABULARIES, setting)
 
     from transformers import AutoTokenizer
 
@@ -173,6 +172,14 @@ def _model_directory(directory: Path | str, setting: str) -> Path:
             "point it at the directory that holds config.json"
         )
     return path
+
+
+def _check_holds(path: Path, what: str, patterns: Iterable[str], setting: str) -> None:
+    if not any(next(path.glob(pattern), None) for pattern in patterns):
+        raise DataError(
+            f"{setting} must hold {what} ({' or '.join(patterns)}), got {str(path)!r} without any; "
+            "export or download the model again"
+        )
 
 
 def _first_line(error: Exception) -> str:

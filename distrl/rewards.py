@@ -176,6 +176,6 @@ def _import(name: str, setting: str) -> GradeResponse:
             "check the name and that its package is installed"
         ) from error
     if not callable(found):
-        raise ConfigError(f"{setting} must name a function, got {name!r}, which is a {type(found).__name__}")
+        raise ConfigError(f"{setting} must name a function, got {name!r}, which is of type {type(found).__name__}")
     judge: GradeResponse = found
     return judge

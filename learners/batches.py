@@ -54,15 +54,18 @@ def micro_batches(tokens: PaddedTokens, group: Tensor, most_tokens: int) -> list
     Returns:
         Row numbers of each micro-batch, int64.
     """
-    lengths = (tokens.prompt_lengths + tokens.response_mask.sum(1)).numpy()
+    prompts, responses = tokens.prompt_lengths.numpy(), tokens.response_mask.sum(1).numpy()
+
+    def padded(rows: list[int]) -> int:
+        return len(rows) * int(prompts[rows].max() + responses[rows].max())
+
     groups: dict[int, list[int]] = {}
     for row, ticket in enumerate(group.tolist()):
         groups.setdefault(ticket, []).append(row)
-    by_length = sorted(groups.values(), key=lambda rows: (int(lengths[rows].max()), rows[0]))
+    by_length = sorted(groups.values(), key=lambda rows: (int((prompts + responses)[rows].max()), rows[0]))
     parts: list[list[int]] = []
     for rows in by_length:
-        longest = int(lengths[rows].max())
-        if parts and (len(parts[-1]) + len(rows)) * longest <= most_tokens:
+        if parts and padded(parts[-1] + rows) <= most_tokens:
             parts[-1] += rows
         else:
             parts.append(list(rows))

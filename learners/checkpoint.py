@@ -76,6 +76,9 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
             f"checkpoint {directory}: format must be at most {FORMAT}, got {values['format']}; "
             "use the distrl that wrote it"
         )
+    for name in ("model.safetensors", "optimizer.pt"):
+        if not (directory / name).is_file():
+            raise RunError(f"checkpoint {directory}: {name} must be there; the directory is not a complete checkpoint")
     load_model(model, directory / "model.safetensors")
     optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
     return TrainState(**values)

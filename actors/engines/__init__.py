@@ -1,0 +1,1 @@
+"""Engines: what samples tokens inside a generation actor."""

@@ -1,0 +1,217 @@
+"""The decode loop: requests join and leave between steps, and so do new weights. No thread, no lock, no asyncio here.
+
+**A request's tokens and log-probabilities are the same bits whatever runs beside it**, whichever slots it gets and
+whenever it comes, as long as the weights are the same. This rests on four things:
+
+- a row's tokens sit at positions 0, 1, ... of its slot, and its noise is its own;
+- every matrix product has a multiple of 32 rows (`rows.ROW_BUCKET`), every attention a multiple of 16 positions
+  (`cache.POSITION_BUCKET`); beyond these the CPU kernels of torch give a row the same bits at any size;
+- one torch thread. With more, MKL splits long sums (layers wider than 512) by the number of rows;
+- the sampler works on float64 row by row.
+
+The first two hold for float32 on x86 with MKL, and tests/engines/test_determinism.py checks them where it is run.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from actors.engines.cache import POSITION_BUCKET, SlotCache, round_up
+from actors.engines.rows import ROW_BUCKET, Job, Prefill, Rows, Seat
+from distrl.sampling import LoadReport
+from distrl.weights import check_newer, check_policy, copy_policy, policy_tensors
+
+PREFILL_PROMPTS = 16
+"""Most prompts in one prefill. Each gets logits at the ends of all of them, so this bounds these to 256 rows."""
+
+PREFILL_TOKENS = 4096
+"""Most tokens in one prefill, unless a single prompt is longer; bounds how long the rows in flight wait for it."""
+
+PREFILL_INTERVAL = 4
+"""Most steps for which free slots stay free so that one prefill can fill several.
+
+A prefill of few prompts costs nearly as much as one of many: with 64 slots and responses of 9 tokens, filling every
+slot at once takes a sixth off the tokens per second.
+"""
+
+
+class Decoder:
+    """Continuous batching over the slots of one model."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        context_length: int,
+        eos_V: Tensor,
+        pad_token_id: int,
+        slots: int,
+        version: int,
+    ) -> None:
+        """
+        Args:
+            eos_V: bool, True for the tokens that end a response.
+            pad_token_id: any token; fills the prompts up and is never attended to.
+        """
+        self._model = model.eval().requires_grad_(False)
+        self._policy = policy_tensors(model)
+        self._dtype = next(model.parameters()).dtype
+        self._device = eos_V.device
+        self._context_length = context_length
+        self._pad_token_id = pad_token_id
+        self._cache = SlotCache(round_up(slots, ROW_BUCKET), context_length)
+        self._rows = Rows(slots, eos_V)
+        self._waiting: deque[Job] = deque()
+        self._steps_without_prefill = 0
+        self.version = version
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or self._rows.live > 0
+
+    def submit(self, job: Job) -> None:
+        self._waiting.append(job)
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job and free its rows; no error if it is complete or unknown."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        rows = self._rows.owned_by(job)
+        if rows:
+            self._rows.release(rows)
+
+    def check(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raise PolicyError where `load` would for the tensors' sake; reads no weights, so any thread may call it."""
+        check_policy(version, self._policy, tensors)
+
+    def load(self, version: int, tensors: Mapping[str, Tensor]) -> LoadReport:
+        """Replace the weights and keep the cache: the next tokens see keys and values of older versions.
+
+        Raises:
+            PolicyError: `version` is older than the one that is loaded; the old weights stay.
+        """
+        check_newer(version, self.version)
+        started = perf_counter()
+        copy_policy(self._policy, tensors)
+        for job in self._waiting:
+            # Its logits would give first tokens of the old weights under the new version.
+            job.prefill = None
+        self.version = version
+        return LoadReport(version, perf_counter() - started, self._rows.live)
+
+    def step(self) -> list[Job]:
+        """Admit what fits, then sample one token for every live row; returns the jobs that are complete by it."""
+        complete = self._admit()
+        moved = self._rows.compact()
+        if moved is not None:
+            self._cache.move(*moved)
+        R = self._rows.extent
+        if R:
+            complete += self._decode(R)
+        return complete
+
+    def _decode(self, R: int) -> list[Job]:
+        positions = self._rows.length_S[:R].clone()
+        length = round_up(int(positions.max()) + 1, POSITION_BUCKET)
+        self._cache.aim(positions, length)
+        seen = torch.arange(length, device=self._device) <= positions[:, None]
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=self._device).masked_fill_(~seen, -torch.inf)
+        logits = self._forward(
+            input_ids=self._rows.last_token_S[:R, None],
+            attention_mask=mask[:, None, None],
+            position_ids=positions[:, None],
+            past_key_values=self._cache,
+        )[:, -1]
+        self._rows.length_S[:R] += self._rows.live_S[:R]
+        return self._sample(torch.arange(R, device=self._device), logits)
+
+    def _sample(self, rows: Tensor, logits: Tensor) -> list[Job]:
+        ended = self._rows.sample(rows, logits, self.version)
+        return self._rows.finish(ended) if ended else []
+
+    def _admit(self) -> list[Job]:
+        """Give free slots to waiting responses, first come first served, and sample their first tokens."""
+        free = self._rows.free() if self._waiting else []
+        self._steps_without_prefill += 1
+        if 4 * len(free) < self._rows.live and self._steps_without_prefill < PREFILL_INTERVAL:
+            return []
+        seats: list[Seat] = []
+        while self._waiting and free:
+            job = self._waiting[0]
+            slots = free[: job.request.responses - job.admitted]
+            del free[: len(slots)]
+            seats.append(Seat(job, job.admitted, slots))
+            job.admitted += len(slots)
+            if job.admitted == job.request.responses:
+                self._waiting.popleft()
+        return self._start(seats) if seats else []
+
+    def _start(self, seats: Sequence[Seat]) -> list[Job]:
+        self._steps_without_prefill = 0
+        for jobs in _batches([seat.job for seat in seats if seat.job.prefill is None]):
+            self._prefill(jobs)
+        by_prefill: dict[Prefill, list[Seat]] = {}
+        for seat in seats:
+            assert seat.job.prefill is not None
+            by_prefill.setdefault(seat.job.prefill, []).append(seat)
+        logits, seated = [], []
+        for prefill, group in by_prefill.items():
+            slots = self._index([slot for seat in group for slot in seat.slots])
+            prompts = self._index([seat.job.prompt for seat in group for _ in seat.slots])
+            self._cache.fill(slots, prompts, prefill.states)
+            logits.append(prefill.logits[prompts])
+            seated += group
+        for seat in seated:
+            if seat.job.admitted == seat.job.request.responses:
+                seat.job.prefill = None
+        return self._sample(self._rows.seat(seated), torch.cat(logits))
+
+    def _prefill(self, jobs: Sequence[Job]) -> None:
+        """Compute the prompts of `jobs` together, padded on the right."""
+        prompts = [job.request.prompt_token_ids for job in jobs]
+        T = round_up(max(len(prompt) for prompt in prompts), POSITION_BUCKET)
+        # Powers of two from 2 up: with T and the number of ends below, every product has a multiple of 32 rows.
+        P = max(2, 1 << (len(prompts) - 1).bit_length())
+        ids = torch.full((P, T), self._pad_token_id)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        ends = sorted({len(prompt) - 1 for prompt in prompts})
+        padded_ends = ends + ends[-1:] * (round_up(len(ends), max(1, ROW_BUCKET // P)) - len(ends))
+        # Padding may run over the end of a model with learned positions.
+        positions = torch.arange(T, device=self._device).clamp(max=self._context_length - 1)
+        cache = DynamicCache()
+        logits = self._forward(
+            input_ids=ids.to(self._device),
+            position_ids=positions.expand(P, T),
+            past_key_values=cache,
+            logits_to_keep=self._index(padded_ends),
+        )
+        rows, columns = range(len(prompts)), [ends.index(len(prompt) - 1) for prompt in prompts]
+        layers: list[Any] = cache.layers
+        prefill = Prefill([(layer.keys, layer.values) for layer in layers], logits[list(rows), columns])
+        for row, job in enumerate(jobs):
+            job.prefill, job.prompt = prefill, row
+
+    def _forward(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self._model(**inputs, use_cache=True).logits
+        return logits
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs whose prompts are computed together: of similar length, within PREFILL_PROMPTS and PREFILL_TOKENS."""
+    batches: list[list[Job]] = []
+    for job in sorted(jobs, key=lambda job: len(job.request.prompt_token_ids)):
+        padded = round_up(len(job.request.prompt_token_ids), POSITION_BUCKET)
+        if batches and len(batches[-1]) < min(PREFILL_PROMPTS, PREFILL_TOKENS // padded):
+            batches[-1].append(job)
+        else:
+            batches.append([job])
+    return batches

@@ -1,0 +1,25 @@
+"""From the config's data section to a task."""
+
+from collections.abc import Callable
+
+from distrl.tasks.config import DataConfig, Source
+from distrl.tasks.gym import load_reasoning_gym
+from distrl.tasks.jsonl import load_jsonl
+from distrl.tasks.problem import Task
+from distrl.tasks.sort_digits import load_sort_digits
+
+_LOADERS: dict[Source, Callable[[DataConfig], Task]] = {
+    "sort_digits": load_sort_digits,
+    "jsonl": load_jsonl,
+    "reasoning_gym": load_reasoning_gym,
+}
+
+
+def load_task(config: DataConfig) -> Task:
+    """The problems of the configured source, split so that no held-out prompt is trained on.
+
+    Raises:
+        ConfigError: an option is unknown to the source, or its package is missing.
+        DataError: the source cannot be read, or has too few problems.
+    """
+    return _LOADERS[config.source](config)

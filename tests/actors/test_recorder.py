@@ -1,0 +1,103 @@
+"""The recorder: the file and the memory tell the same story."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import actors.recorder
+from actors.recorder import Recorder
+from distrl.messages import LoadReceipt, StepReport
+
+REPORT = StepReport(step=3, wait_s=0.5, train_s=1.5, last_publish_s=0.25, metrics={"loss": 2.0})
+
+
+@pytest.fixture(name="path")
+def metrics_path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.fixture(name="recorder")
+def open_recorder(path: Path) -> Iterator[Recorder]:
+    times = iter(range(100, 200))
+    recorder = Recorder(path, clock=lambda: float(next(times)))
+    yield recorder
+    recorder.close()
+
+
+def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at_once(
+    recorder: Recorder, path: Path
+) -> None:
+    recorder.event("failed", "disk full")
+    recorder.load("generation-0", LoadReceipt(version=4, fetch_s=0.5, pause_s=0.25, sequences_in_flight=7))
+    recorder.evaluation({"name": "before", "accuracy": 0.5})
+
+    expected = [
+        {"number": 0, "time_s": 100.0, "kind": "failed", "message": "disk full"},
+        {
+            "number": 1,
+            "time_s": 101.0,
+            "kind": "load",
+            "actor": "generation-0",
+            "version": 4,
+            "fetch_s": 0.5,
+            "pause_s": 0.25,
+            "sequences_in_flight": 7,
+        },
+        {"number": 2, "time_s": 102.0, "kind": "evaluation", "name": "before", "accuracy": 0.5},
+    ]
+    assert recorder.after(-1) == expected
+    assert [json.loads(line) for line in path.read_text().splitlines()] == expected  # it is not closed yet
+
+
+def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder) -> None:
+    recorder.step(REPORT, rewards=[0.0, 0.5, 1.0, 0.5], staleness=[0, 1, 3, 0], tokens=77)
+    assert recorder.after(-1) == [
+        {
+            "number": 0,
+            "time_s": 100.0,
+            "kind": "step",
+            "step": 3,
+            "wait_s": 0.5,
+            "train_s": 1.5,
+            "last_publish_s": 0.25,
+            "metrics": {"loss": 2.0},
+            "reward_mean": 0.5,
+            "staleness_mean": 1.0,
+            "staleness_max": 3,
+            "response_tokens": 77,
+        }
+    ]
+
+
+def test_one_asks_for_what_is_new(recorder: Recorder) -> None:
+    for i in range(4):
+        recorder.event("note", str(i))
+    assert [r["message"] for r in recorder.after(1)] == ["2", "3"]
+    assert recorder.after(3) == []
+
+
+def test_memory_keeps_the_newest_and_the_file_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.recorder, "KEPT", 3)
+    recorder = Recorder(path, clock=lambda: 0.0)
+    for i in range(5):
+        recorder.event("note", str(i))
+    recorder.close()
+    assert [r["number"] for r in recorder.after(-1)] == [2, 3, 4]
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_a_file_that_is_there_is_appended_to(path: Path) -> None:
+    for message in ("first", "second"):
+        recorder = Recorder(path, clock=lambda: 0.0)
+        recorder.event("note", message)
+        recorder.close()
+    assert [json.loads(line)["message"] for line in path.read_text().splitlines()] == ["first", "second"]
+
+
+def test_without_a_path_records_stay_in_memory() -> None:
+    recorder = Recorder(None, clock=lambda: 1.0)
+    recorder.event("note", "x")
+    recorder.close()
+    assert recorder.after(-1) == [{"number": 0, "time_s": 1.0, "kind": "note", "message": "x"}]

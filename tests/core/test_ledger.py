@@ -1,0 +1,376 @@
+"""The ledger: allowed moves happen, refused ones change nothing, and the file can be read by anybody."""
+
+import itertools
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distrl.ledger
+from distrl.errors import LedgerError
+from distrl.ledger import Ledger
+from distrl.messages import JournalReceipt
+from distrl.staleness import Version
+from distrl.tickets import TRANSITIONS, DropReason, TicketState
+from tests.builders import refusal
+
+S = TicketState
+FILE = JournalReceipt("journal/1.arrow", "ab" * 32, rows=4, bytes=1000)
+CLOCK = itertools.count(1000)
+
+
+@pytest.fixture(name="path")
+def ledger_path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite"
+
+
+@pytest.fixture(name="ledger")
+def open_ledger(path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(path, clock=lambda: float(next(CLOCK)))
+    ledger.allocate_version(None, 0)
+    yield ledger
+    ledger.close()
+
+
+def dump(path: Path) -> list[str]:
+    """Everything that another process sees in the file."""
+    db = sqlite3.connect(path)
+    try:
+        return list(db.iterdump())
+    finally:
+        db.close()
+
+
+def rows(path: Path, query: str) -> list[dict[str, Any]]:
+    db = sqlite3.connect(path)
+    db.row_factory = sqlite3.Row
+    try:
+        return [dict(row) for row in db.execute(query)]
+    finally:
+        db.close()
+
+
+def issue(ledger: Ledger) -> int:
+    return ledger.issue(lambda ticket_id: f"prompt-{ticket_id}")[0]
+
+
+MOVES: Mapping[TicketState, Callable[[Ledger, int], object]] = {
+    S.GENERATED: lambda ledger, i: ledger.mark_generated(
+        i, oldest_version=0, newest_version=2, rollouts=4, response_tokens=30
+    ),
+    S.READY: lambda ledger, i: ledger.mark_ready(i, journal_file=FILE, reward_mean=0.25),
+    S.TRAINED: lambda ledger, i: ledger.mark_trained(3, {i: 2}),
+    S.COMMITTED: lambda ledger, i: ledger.commit_checkpoint(f"step-{i}", step=3, version=0, sha256="cd" * 32),
+    S.DROPPED: lambda ledger, i: ledger.drop(i, DropReason.GRADING_FAILED, "no number in the answer"),
+}
+WAYS: Mapping[TicketState, tuple[TicketState, ...]] = {
+    S.ISSUED: (),
+    S.GENERATED: (S.GENERATED,),
+    S.READY: (S.GENERATED, S.READY),
+    S.TRAINED: (S.GENERATED, S.READY, S.TRAINED),
+    S.COMMITTED: (S.GENERATED, S.READY, S.TRAINED, S.COMMITTED),
+    S.DROPPED: (S.DROPPED,),
+}
+
+
+def ticket_in(ledger: Ledger, state: TicketState) -> int:
+    ticket_id = issue(ledger)
+    for step in WAYS[state]:
+        MOVES[step](ledger, ticket_id)
+    return ticket_id
+
+
+@pytest.mark.parametrize("state", list(S))
+def test_every_state_is_reached_and_counted(ledger: Ledger, state: TicketState) -> None:
+    ticket_id = ticket_in(ledger, state)
+    assert ledger.state(ticket_id) is state
+    assert ledger.counts() == {s.value: int(s is state) for s in S}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), list(itertools.product(S, [S.GENERATED, S.READY, S.TRAINED, S.DROPPED])), ids=str
+)
+def test_an_allowed_move_happens_and_a_forbidden_one_changes_nothing(
+    ledger: Ledger, path: Path, old: TicketState, new: TicketState
+) -> None:
+    ticket_id = ticket_in(ledger, old)
+    ledger_before = dump(path)
+    if new in TRANSITIONS[old]:
+        MOVES[new](ledger, ticket_id)
+        assert ledger.state(ticket_id) is new
+        return
+    allowed = ", ".join(sorted(TRANSITIONS[old])) or "nothing: it is final"
+    assert refusal(LedgerError, lambda: MOVES[new](ledger, ticket_id)) == (
+        f"ticket 0 cannot go from {old.value} to {new.value}; from {old.value} it may go to {allowed}"
+    )
+    assert dump(path) == ledger_before
+
+
+@pytest.mark.parametrize("move", [S.GENERATED, S.READY, S.TRAINED, S.DROPPED])
+def test_a_ticket_that_was_never_issued_is_refused(ledger: Ledger, path: Path, move: TicketState) -> None:
+    before = dump(path)
+    assert refusal(LedgerError, lambda: MOVES[move](ledger, 5)) == "ticket 5 is not in the ledger"
+    assert dump(path) == before
+
+
+def test_a_ticket_s_whole_way_is_on_disk(ledger: Ledger, path: Path) -> None:
+    ticket_id = issue(ledger)
+    ledger.count_attempt(ticket_id)
+    ledger.count_attempt(ticket_id)
+    for state in (S.GENERATED, S.READY, S.TRAINED, S.COMMITTED):
+        MOVES[state](ledger, ticket_id)
+
+    (row,) = rows(path, "SELECT * FROM tickets")
+    times = [row.pop(name) for name in ("issued_s", "generated_s", "ready_s")]
+    assert times == sorted(times)
+    assert row == {
+        "ticket_id": 0,
+        "redraw": 0,
+        "prompt_id": "prompt-0",
+        "state": "committed",
+        "attempts": 2,
+        "oldest_version": 0,
+        "newest_version": 2,
+        "rollouts": 4,
+        "response_tokens": 30,
+        "reward_mean": 0.25,
+        "journal_file": FILE.path,
+        "trained_step": 3,
+        "staleness": 2,
+        "checkpoint": "step-0",
+        "drop_reason": None,
+        "drop_detail": None,
+    }
+    (file,) = rows(path, "SELECT path, sha256, rows, bytes FROM journal_files")
+    assert JournalReceipt(**file) == FILE
+
+
+def test_a_drop_keeps_its_reason_and_detail(ledger: Ledger, path: Path) -> None:
+    ledger.drop(issue(ledger), DropReason.JOURNAL_FAILED, "disk full")
+    ledger.drop(issue(ledger), DropReason.RUN_ENDED, "")
+    ledger.drop(issue(ledger), DropReason.RUN_ENDED, "")
+
+    assert ledger.drops() == {"journal_failed": 1, "run_ended": 2}
+    assert rows(path, "SELECT drop_reason, drop_detail FROM tickets WHERE ticket_id = 0") == [
+        {"drop_reason": "journal_failed", "drop_detail": "disk full"}
+    ]
+
+
+def test_tickets_are_numbered_in_order_and_the_prompt_is_drawn_for_that_number(ledger: Ledger) -> None:
+    assert [ledger.issue(lambda i: f"prompt-{i * i}") for _ in range(3)] == [
+        (0, "prompt-0"),
+        (1, "prompt-1"),
+        (2, "prompt-4"),
+    ]
+
+
+def test_a_prompt_that_cannot_be_drawn_issues_nothing(ledger: Ledger, path: Path) -> None:
+    before = dump(path)
+
+    def broken(ticket_id: int) -> str:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ledger.issue(broken)
+    assert dump(path) == before
+    assert issue(ledger) == 0
+
+
+def test_several_tickets_share_a_journal_file(ledger: Ledger, path: Path) -> None:
+    for _ in range(3):
+        ticket_in(ledger, S.READY)
+    assert len(rows(path, "SELECT * FROM journal_files")) == 1
+    assert {r["journal_file"] for r in rows(path, "SELECT journal_file FROM tickets")} == {FILE.path}
+
+
+def test_a_batch_with_one_ticket_that_is_not_ready_trains_none(ledger: Ledger, path: Path) -> None:
+    good, bad = ticket_in(ledger, S.READY), ticket_in(ledger, S.GENERATED)
+    before = dump(path)
+
+    assert refusal(LedgerError, lambda: ledger.mark_trained(1, {good: 0, bad: 0})) == (
+        f"ticket {bad} cannot go from generated to trained; from generated it may go to dropped, issued, ready"
+    )
+    assert dump(path) == before
+
+
+def test_a_checkpoint_commits_the_tickets_up_to_its_step_and_no_others(ledger: Ledger, path: Path) -> None:
+    tickets = [ticket_in(ledger, S.READY) for _ in range(5)]
+    for step, ticket_id in enumerate(tickets[:4], start=1):
+        ledger.mark_trained(step, {ticket_id: 0})
+
+    assert ledger.commit_checkpoint("step-2", step=2, version=0, sha256="ef" * 32) == 2
+    assert [ledger.state(i).value for i in tickets] == ["committed", "committed", "trained", "trained", "ready"]
+    assert ledger.commit_checkpoint("step-4", step=4, version=0, sha256="ef" * 32) == 2
+    named = rows(path, "SELECT checkpoint FROM tickets ORDER BY ticket_id")
+    assert [r["checkpoint"] for r in named] == ["step-2", "step-2", "step-4", "step-4", None]
+
+
+def test_a_checkpoint_of_an_unknown_version_is_not_named_and_commits_nothing(ledger: Ledger, path: Path) -> None:
+    ticket_in(ledger, S.TRAINED)
+    before = dump(path)
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.commit_checkpoint("step-3", step=3, version=9, sha256="ef" * 32)
+    assert dump(path) == before
+    assert ledger.last_checkpoint() is None
+
+
+def test_a_checkpoint_that_fails_half_way_is_not_named_and_commits_nothing(
+    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ticket_in(ledger, S.TRAINED), ticket_in(ledger, S.TRAINED)
+    before = dump(path)
+    check = distrl.ledger.check_transition
+
+    def fail_at_the_second(ticket_id: int, old: TicketState, new: TicketState) -> None:
+        check(ticket_id, old, new)
+        if ticket_id == second:
+            assert ledger.state(first) is S.COMMITTED  # inside the transaction
+            raise OSError("disk full")
+
+    monkeypatch.setattr(distrl.ledger, "check_transition", fail_at_the_second)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.commit_checkpoint("step-3", step=3, version=0, sha256="ef" * 32)
+    assert dump(path) == before
+
+
+def test_the_last_checkpoint_is_the_one_committed_last_even_if_the_clock_went_back(tmp_path: Path) -> None:
+    times = iter([1000.0, 5000.0, 3000.0])
+    ledger = Ledger(tmp_path / "ledger.sqlite", clock=lambda: next(times))
+    version = ledger.allocate_version(None, 0)
+    for name in ("a", "b", "c"):
+        ledger.commit_checkpoint(name, step=1, version=version, sha256="ef" * 32)
+        assert ledger.last_checkpoint() == name
+    ledger.close()
+
+
+def test_a_checkpoint_of_a_rolled_back_run_is_the_last_one_though_its_step_is_lower(ledger: Ledger) -> None:
+    assert ledger.last_checkpoint() is None
+    ledger.commit_checkpoint("step-40", step=40, version=0, sha256="ef" * 32)
+    ledger.commit_checkpoint("step-20-again", step=20, version=0, sha256="ef" * 32)
+    assert ledger.last_checkpoint() == "step-20-again"
+
+
+def test_version_numbers_are_never_used_again_also_after_reopening(path: Path) -> None:
+    ledger = Ledger(path)
+    assert [ledger.allocate_version(None if i == 0 else i - 1, i) for i in range(3)] == [0, 1, 2]
+    ledger.close()
+
+    again = Ledger(path)
+    assert again.versions() == {0: Version(0, None, 0), 1: Version(1, 0, 1), 2: Version(2, 1, 2)}
+    assert again.allocate_version(1, 1) == 3  # rolled back to step 1: the step repeats, the number does not
+    assert again.allocate_version(3, 2) == 4
+    assert again.versions()[3] == Version(3, 1, 1)
+    again.close()
+
+
+def test_a_version_needs_a_known_parent(ledger: Ledger, path: Path) -> None:
+    before = dump(path)
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.allocate_version(7, 1)
+    assert dump(path) == before
+
+
+def test_tickets_go_on_where_they_were_after_reopening(path: Path) -> None:
+    ledger = Ledger(path)
+    states = [S.ISSUED, S.READY, S.DROPPED]
+    ledger.allocate_version(None, 0)
+    tickets = [ticket_in(ledger, state) for state in states]
+    ledger.close()
+
+    again = Ledger(path)
+    assert [again.state(i) for i in tickets] == states
+    assert issue(again) == 3
+    again.close()
+
+
+def test_only_an_allocated_version_can_be_published(ledger: Ledger, path: Path) -> None:
+    assert refusal(LedgerError, lambda: ledger.mark_published(3, "00" * 32)) == (
+        "version 3 cannot be published: the ledger did not allocate it"
+    )
+    ledger.mark_published(0, "11" * 32)
+    (row,) = rows(path, "SELECT manifest_sha256, published_s > 0 AS timed FROM versions")
+    assert row == {"manifest_sha256": "11" * 32, "timed": 1}
+
+
+def test_a_newer_format_is_refused_by_name_and_the_file_stays_as_it_was(path: Path) -> None:
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+    db.execute("INSERT INTO meta VALUES ('format', '2')")
+    db.execute("CREATE TABLE draws (draw INTEGER PRIMARY KEY)")
+    db.commit()
+    db.close()
+    before = dump(path)
+
+    assert refusal(LedgerError, lambda: Ledger(path)) == (
+        f"ledger {path}: format must be at most 1, got 2; use the distrl that wrote it"
+    )
+    assert dump(path) == before
+
+
+def test_the_file_carries_its_format(ledger: Ledger, path: Path) -> None:
+    assert rows(path, "SELECT value FROM meta WHERE key = 'format'") == [{"value": "1"}]
+
+
+def test_a_reader_sees_the_last_transaction_while_the_next_one_is_open(ledger: Ledger, path: Path) -> None:
+    issue(ledger)
+    seen = []
+
+    def read_meanwhile(ticket_id: int) -> str:
+        reader = sqlite3.connect(path, timeout=0)  # a lock would raise at once
+        seen.extend(reader.execute("SELECT ticket_id, state FROM tickets").fetchall())
+        reader.close()
+        return "prompt"
+
+    ledger.issue(read_meanwhile)
+    assert seen == [(0, "issued")]
+    assert rows(path, "PRAGMA journal_mode") == [{"journal_mode": "wal"}]
+
+
+def test_counts_sum_to_the_tickets_ever_issued(ledger: Ledger) -> None:
+    for state in (S.ISSUED, S.READY, S.READY, S.TRAINED, S.DROPPED):
+        ticket_in(ledger, state)
+    assert ledger.counts() == {
+        "issued": 1,
+        "generated": 0,
+        "ready": 2,
+        "trained": 1,
+        "committed": 0,
+        "dropped": 1,
+    }
+
+
+def test_max_staleness_is_the_largest_that_was_trained(ledger: Ledger) -> None:
+    assert ledger.max_staleness() == 0
+    tickets = [ticket_in(ledger, S.READY) for _ in range(3)]
+    ledger.mark_trained(1, {tickets[0]: 1, tickets[1]: 3})
+    ledger.mark_trained(2, {tickets[2]: 2})
+    assert ledger.max_staleness() == 3
+
+
+def test_evaluations_come_back_in_order(ledger: Ledger) -> None:
+    evaluation = {
+        "name": "before",
+        "step": 0,
+        "oldest_version": 0,
+        "newest_version": 0,
+        "problems": 16,
+        "responses": 16,
+        "failed": 1,
+        "accuracy": 0.25,
+        "standard_error": 0.1,
+        "reward_mean": 0.25,
+    }
+    ledger.record_evaluation(evaluation)
+    ledger.record_evaluation(evaluation | {"name": "after", "step": 9})
+
+    found = ledger.evaluations()
+    assert [(r["evaluation"], r["name"], r["step"]) for r in found] == [(1, "before", 0), (2, "after", 9)]
+    assert {k: v for k, v in found[0].items() if k not in ("evaluation", "finished_s")} == evaluation
+
+
+def test_meta_holds_json(ledger: Ledger, path: Path) -> None:
+    ledger.set_meta("seed", 3)
+    ledger.set_meta("seed", {"run": 4})
+    assert rows(path, "SELECT value FROM meta WHERE key = 'seed'") == [{"value": '{"run": 4}'}]

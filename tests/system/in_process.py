@@ -1,0 +1,160 @@
+"""A run without Ray: the real coordinator, stages, ledger, journal and policy store as objects in one process."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from actors.calls import LocalCaller
+from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.engines.fake import FakeEngine
+from actors.generation import Generation
+from actors.grading import Grading
+from actors.journal import Journal
+from actors.pipeline import Pipeline, PipelineLimits
+from actors.policy_store import PolicyStore
+from actors.pool import Pool
+from actors.recorder import Recorder
+from actors.reference import Reference
+from distrl.ledger import Ledger
+from distrl.manifest import pack
+from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
+from distrl.rewards import Grade, Grader
+from distrl.sampling import SampleRequest, SamplingParams
+from distrl.staleness import Admission
+from distrl.tasks import Problem
+from distrl.tickets import Ticket
+
+GROUP_SIZE = 2
+PARAMS = SamplingParams(max_new_tokens=4)
+
+
+class Digits:
+    """Tokens 1 to 10 are the digits; 0 ends a response."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(int(c) + 1 for c in text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(str(i - 1) for i in token_ids if 0 < i <= 10)
+
+
+def half_right(problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+    """Every second response is correct: the mean reward of a group is 1/2."""
+    return [Grade(float(i % 2), {}, "correct" if i % 2 else "wrong") for i in range(len(responses))]
+
+
+@dataclass
+class InProcessRun:
+    """What a test may touch."""
+
+    coordinator: Coordinator
+    ledger: Ledger
+    store: PolicyStore
+    engines: list[FakeEngine]
+    pipeline: Pipeline
+    sampled: list[int] = field(default_factory=list)
+
+    async def learn(self, step: int) -> BatchGrant:
+        """One step of a learner that publishes the step's number as its only weight."""
+        grant = await self.coordinator.next_batch(step)
+        await self.finish_step(grant)
+        return grant
+
+    async def finish_step(self, grant: BatchGrant) -> None:
+        report = StepReport(grant.step, 0.0, 0.0, 0.0, {"loss": 0.0})
+        version = await self.coordinator.trained(report, {t.ticket_id: t.staleness for t in grant.tickets})
+        manifest, chunks = pack({"weight": torch.tensor([float(grant.step)])}, version=version, step=grant.step)
+        for index, chunk in enumerate(chunks):
+            await self.store.add_chunk(version, index, chunk)
+        await self.store.publish(manifest)
+        await self.coordinator.published(version, grant.step, manifest.sha256)
+
+
+def ticket_of(request: SampleRequest) -> int:
+    """The ticket that a request belongs to, or -1 for one of an evaluation."""
+    return int(request.request_id[1:].split(".")[0]) if request.request_id.startswith("p") else -1
+
+
+def build(
+    directory: Path,
+    *,
+    steps: int = 4,
+    tickets_per_step: int = 2,
+    max_staleness: int = 1,
+    on_stale: str = "wait",
+    generation_actors: int = 1,
+    slots: int = 8,
+    gate: Callable[[SampleRequest], Awaitable[None]] | None = None,
+    fail: Callable[[SampleRequest], BaseException | None] | None = None,
+    grader: Grader = half_right,
+    reference: bool = False,
+    attempts: int = 2,
+    drops_in_a_row: int = 8,
+    grading_tickets_per_call: int = 1,
+) -> InProcessRun:
+    store = PolicyStore(keep=2, put=lambda chunk: chunk)
+
+    async def fetch(version: int) -> tuple[Manifest, list[Chunk]]:
+        return await store.fetch(version)
+
+    engines = [FakeEngine(vocabulary_size=11, gate=gate, fail=fail) for _ in range(generation_actors)]
+    generation, grading, scoring = Pool("generation"), Pool("grading"), Pool("reference")
+    for i, engine in enumerate(engines):
+        worker = Generation(f"generation-{i}", engine, Digits(), PARAMS, fetch)
+        generation.add(LocalCaller(f"generation-{i}", worker), slots)
+    grading.add(LocalCaller("grading-0", Grading("test", grader, concurrency=8)), 8)
+    scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
+    limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, grading_tickets_per_call, 2)
+    journal = LocalCaller("journal", Journal(directory / "journal"))
+    pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock())
+    ledger = Ledger(directory / "ledger.sqlite")
+    settings = CoordinatorSettings(
+        seed=0,
+        steps=steps,
+        group_size=GROUP_SIZE,
+        admission=Admission(max_staleness, tickets_per_step),
+        on_stale=on_stale,
+        call_attempts=2,
+        sync_timeout_s=10,
+        ready_bytes=1 << 30,
+        drops_in_a_row=drops_in_a_row,
+        evaluate_every_steps=0,
+    )
+    heldout = [Problem.of("9", "9")]
+    prompts = Prompts(lambda ticket_id: Problem.of(str(ticket_id), str(ticket_id)), heldout, heldout)
+    coordinator = Coordinator(settings, ledger, prompts, pipeline, Recorder(None, _clock()), _clock())
+    return InProcessRun(coordinator, ledger, store, engines, pipeline)
+
+
+def _zero_logps(batch: pa.RecordBatch) -> list[Any]:
+    return [[0.0] * len(row) for row in batch.column("response_token_ids").to_pylist()]
+
+
+def _clock() -> Callable[[], float]:
+    """Seconds that pass with every look: no test depends on the real time."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.001
+        return now
+
+    return clock
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the event loop run until a condition holds."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def states(run: InProcessRun) -> Mapping[str, int]:
+    return {state: n for state, n in run.ledger.counts().items() if n}
+
+
+__all__ = ["GROUP_SIZE", "InProcessRun", "Ticket", "build", "half_right", "states", "ticket_of", "until"]

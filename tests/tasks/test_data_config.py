@@ -1,0 +1,89 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from distrl.errors import ConfigError
+from distrl.tasks import DataConfig
+
+
+def _refused(**values: Any) -> str:
+    with pytest.raises(ValidationError) as error:
+        DataConfig.model_validate(values)
+    (detail,) = error.value.errors()
+    cause = detail["ctx"]["error"]
+    assert isinstance(cause, ConfigError)
+    return str(cause)
+
+
+VALUES: dict[str, Any] = {
+    "path": "a.jsonl",
+    "heldout_path": "b.jsonl",
+    "heldout_fraction": 0.5,
+    "prompt_key": "question",
+    "answer_key": "solution",
+    "task": "basic_arithmetic",
+    "train_size": 10,
+    "heldout_size": 10,
+    "seed": 1,
+    "options": {},
+}
+USED: dict[str, set[str]] = {
+    "sort_digits": {"train_size", "heldout_size", "seed", "options"},
+    "jsonl": {
+        "path", "heldout_path", "heldout_fraction", "prompt_key", "answer_key", "train_size", "heldout_size",
+    },
+    "reasoning_gym": {"task", "train_size", "heldout_size", "seed", "options"},
+}  # fmt: skip
+NEEDED: dict[str, dict[str, Any]] = {
+    "sort_digits": {},
+    "jsonl": {"path": "a.jsonl"},
+    "reasoning_gym": {"task": "basic_arithmetic"},
+}
+
+
+def test_every_key_is_in_these_tests() -> None:
+    assert {"source", *VALUES} == set(DataConfig.model_fields)
+
+
+@pytest.mark.parametrize("source", USED)
+@pytest.mark.parametrize("key", VALUES)
+def test_key_is_used_by_the_source_or_refused(source: str, key: str) -> None:
+    values = {"source": source, **NEEDED[source], key: VALUES[key]}
+    if key in USED[source]:
+        assert getattr(DataConfig.model_validate(values), key) == VALUES[key]
+    else:
+        message = _refused(**values)
+        assert message.startswith(f"data.{key} must be empty for data.source {source}, got {VALUES[key]!r}; ")
+
+
+def test_refusal_names_key_value_and_the_sources_that_use_it() -> None:
+    assert _refused(source="jsonl", path="a.jsonl", seed=3) == (
+        "data.seed must be empty for data.source jsonl, got 3; remove it, or set data.source to sort_digits or "
+        "reasoning_gym"
+    )
+
+
+@pytest.mark.parametrize(("source", "key"), [("jsonl", "path"), ("reasoning_gym", "task")])
+def test_key_that_the_source_needs_is_asked_for(source: str, key: str) -> None:
+    assert _refused(source=source) == f"data.{key} must be set for data.source {source}, got None; set data.{key}"
+    assert _refused(source=source, **{key: ""}) == (
+        f"data.{key} must be set for data.source {source}, got ''; set data.{key}"
+    )
+
+
+def test_held_out_file_and_fraction_exclude_each_other() -> None:
+    assert _refused(source="jsonl", path="a", heldout_path="b", heldout_fraction=0.2) == (
+        "data.heldout_fraction must be empty where data.heldout_path is set, got 0.2; remove one of the two"
+    )
+
+
+@pytest.mark.parametrize("source", USED)
+def test_dumped_config_loads_again(source: str) -> None:
+    # A resolved config names every key, also those that do not apply: these must be empty, not just absent.
+    config = DataConfig.model_validate({"source": source, **NEEDED[source]})
+    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_every_key_has_a_description() -> None:
+    assert all(field.description for field in DataConfig.model_fields.values())
