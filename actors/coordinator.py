@@ -140,6 +140,12 @@ class Coordinator:
             self._recorder.event("failed", f"{type(error).__name__}: {error}")
         asyncio.get_running_loop().create_task(self._notify())
 
+    async def stop(self, reason: str) -> None:
+        """Ends the run: issues nothing more, and whoever waits for a batch gets a RunError with the reason."""
+        if self._fatal is None:
+            self._fatal = RunError(reason)
+        await self._notify()
+
     def check(self) -> None:
         """Raises what ended the run, if something did."""
         if isinstance(self._fatal, DistrlError):
@@ -158,12 +164,9 @@ class Coordinator:
             wanted = (
                 settings.steps * admission.tickets_per_step - self._finished - len(self._flights) - len(self._granted)
             )
-            ready = [f for f in self._flights.values() if f.ready]
             if wanted <= 0:
                 break
-            if not admission.may_issue(outstanding, len(ready)) or (
-                sum(f.bytes for f in ready) >= settings.ready_bytes
-            ):
+            if not admission.may_issue(outstanding, self._ready()) or self._buffer_is_full():
                 held = True
                 break
             oldest_step = admission.oldest_step_for(outstanding, self._published.step)
@@ -173,6 +176,15 @@ class Coordinator:
             self._launch(member)
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
+
+    def _ready(self) -> int:
+        return sum(f.ready for f in self._flights.values())
+
+    def _buffer_is_full(self) -> bool:
+        """Whether the sampled rollouts that are not trained yet fill limits.ready_bytes and hold a whole batch."""
+        sampled = [f.bytes for f in self._flights.values() if f.bytes]
+        enough = len(sampled) >= self._settings.admission.tickets_per_step
+        return enough and sum(sampled) >= self._settings.ready_bytes
 
     def _launch(self, member: Member) -> None:
         problem: Problem | None = None

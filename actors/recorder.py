@@ -1,6 +1,7 @@
 """Keeps what happened in a run: one JSON line per record in `metrics.jsonl`, and in memory for the driver."""
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -44,7 +45,8 @@ class Recorder:
             {
                 "kind": "step",
                 **asdict(report),
-                "metrics": dict(report.metrics),
+                # JSON has no NaN and no infinity.
+                "metrics": {k: v if math.isfinite(v) else None for k, v in report.metrics.items()},
                 "reward_mean": sum(rewards) / len(rewards),
                 "staleness_mean": sum(staleness) / len(staleness),
                 "staleness_max": max(staleness),

@@ -24,6 +24,8 @@ from distrl.errors import DeadlineError, RunError
 from learners.group import GroupStatus
 
 POLL_S = 0.2
+STOP_S = 30.0
+"""Seconds that the learner's processes get to end."""
 
 
 @dataclass(slots=True)
@@ -33,6 +35,9 @@ class Handles:
     stages: dict[str, list[Any]] = field(default_factory=dict)
     store: Any = None
     coordinator: Any = None
+
+    def all(self) -> list[Any]:
+        return [self.coordinator, self.store, *(h for members in self.stages.values() for h in members)]
 
 
 def run_training(config: Config, progress: Progress | None = None) -> dict[str, Any]:
@@ -50,15 +55,7 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
         progress.phase("starting Ray")
         own_ray = start_ray()
         try:
-            progress.phase("starting actors and learner")
-            handles = start_actors(config, run_dir, plan)
-            group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store)
-            group.start()
-            _wait_for_actors(config, handles)
-            progress.phase("evaluating the model before training")
-            ray.get(handles.coordinator.start.remote(), timeout=config.limits.start_timeout_s)
-            snapshot = _watch(config, handles, group, progress)
-            group.stop(timeout_s=config.limits.publish_timeout_s)
+            snapshot = _run_actors(config, plan, run_dir, progress)
         finally:
             if own_ray:
                 ray.shutdown()
@@ -66,6 +63,25 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
         write_json(run_dir.summary, summary)
         progress.finish(summary, run_dir.path)
     return summary
+
+
+def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> dict[str, Any]:
+    """Starts actors and learner, watches them until the run is done, and ends them; the last snapshot."""
+    progress.phase("starting actors and learner")
+    handles = start_actors(config, run_dir, plan)
+    group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store)
+    group.start()
+    try:
+        _wait_for_actors(config, handles)
+        progress.phase("evaluating the model before training")
+        ray.get(handles.coordinator.start.remote(), timeout=config.limits.start_timeout_s)
+        return _watch(config, handles, group, progress)
+    finally:
+        # A learner that still waits for a batch gets an error for it, so that its group ends before Ray does.
+        handles.coordinator.stop.remote("the run has ended")
+        group.stop(timeout_s=STOP_S)
+        for handle in handles.all():
+            ray.kill(handle)
 
 
 def start_ray() -> bool:

@@ -20,6 +20,9 @@ AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 """A relative path counts from the current directory, once: processes of a run have others."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -31,7 +34,7 @@ class RunConfig(_Section):
     """Folder that holds run directories; on a local disk, because the ledger is SQLite."""
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its directory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of prompt order, sampling noise and initialization."""
     threads_per_process: int = Field(1, ge=1)
     """CPU threads that torch may use in each generation, reference and learner process."""
@@ -128,8 +131,8 @@ class TrainConfig(_Section):
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decay rates."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's moment decay rates, each in [0, 1)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's global norm is clipped to this."""
     micro_batch_tokens: int = Field(16384, ge=1)
@@ -169,7 +172,8 @@ class LimitsConfig(_Section):
     drops_in_a_row: int = Field(64, ge=1)
     """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
     ready_bytes: int = Field(1 << 30, ge=1)
-    """Size of the rollouts that may wait for the learner; more tickets are held back."""
+    """Size of the sampled rollouts that may wait to be trained; beyond it, and with a whole batch among them, no
+    tickets are issued."""
 
 
 class Config(_Section):
@@ -244,6 +248,7 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Con
     merged = _copy(values)
     for override in overrides:
         _apply(merged, override)
+    _make_absolute(merged.get("data"), ("path", "heldout_path"))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -253,6 +258,12 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Con
 def dump_config(config: Config) -> str:
     """The resolved config as YAML: every key with the value that the run uses."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _make_absolute(section: Any, keys: Iterable[str]) -> None:
+    for key in keys:
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
+            section[key] = str(Path(section[key]).absolute())
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distrl.errors import SchemaError
 from distrl.schema import SCHEMAS, Stage
@@ -16,7 +17,8 @@ def join(generation: pa.RecordBatch, grading: pa.RecordBatch, reference: pa.Reco
     already stand in one run in the right order are sliced without a copy.
 
     Raises:
-        SchemaError: a rollout is missing from a stage's batch.
+        SchemaError: a rollout is missing from a stage's batch, or has another number of reference log-probabilities
+            than tokens.
     """
     ids: list[str] = generation.column("rollout_id").to_pylist()
     rows = generation.num_rows
@@ -27,7 +29,9 @@ def join(generation: pa.RecordBatch, grading: pa.RecordBatch, reference: pa.Reco
         journal = SCHEMAS[Stage.JOURNAL]
         columns += [pa.nulls(rows, journal.field(name).type) for name in reference_fields]
     else:
-        columns += _aligned(Stage.REFERENCE, reference, ids).columns[1:]
+        scored = _aligned(Stage.REFERENCE, reference, ids)
+        _check_lengths(generation, scored)
+        columns += scored.columns[1:]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMAS[Stage.JOURNAL])
 
 
@@ -45,3 +49,14 @@ def _aligned(stage: Stage, batch: pa.RecordBatch, ids: Sequence[str]) -> pa.Reco
     if order == list(range(first, first + len(order))):
         return batch.slice(first, len(order))
     return batch.take(pa.array(np.asarray(order)))
+
+
+def _check_lengths(generation: pa.RecordBatch, scored: pa.RecordBatch) -> None:
+    tokens = pc.list_value_length(generation.column("response_token_ids")).to_pylist()
+    found = pc.list_value_length(scored.column("ref_logps")).to_pylist()
+    for rollout_id, want, got in zip(scored.column("rollout_id").to_pylist(), tokens, found, strict=True):
+        if want != got:
+            raise SchemaError(
+                f"{Stage.REFERENCE} batch: rollout {rollout_id}: ref_logps must have as many entries as "
+                f"response_token_ids ({want}), got {got}"
+            )

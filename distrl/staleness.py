@@ -27,24 +27,29 @@ def staleness(versions: Mapping[int, Version], oldest: int, current: int) -> int
     Raises:
         LedgerError: a version that the ledger does not know, or two versions without a common ancestor.
     """
-    ancestors = {v.version: v for v in _path(versions, oldest)}
-    for candidate in _path(versions, current):
-        if candidate.version in ancestors:
-            up = versions[oldest].step - candidate.step
-            down = versions[current].step - candidate.step
-            return up + down
-    raise LedgerError(f"versions {oldest} and {current} have no common ancestor; the ledger's versions are damaged")
+    low, high = oldest, current
+    while low != high:
+        # Of two versions the one with more steps is no ancestor of the other; of two with equal steps, republished
+        # weights, the newer one is not.
+        if (_get(versions, low).step, low) > (_get(versions, high).step, high):
+            low = _parent(versions, low, oldest, current)
+        else:
+            high = _parent(versions, high, oldest, current)
+    common = _get(versions, high).step
+    return (versions[oldest].step - common) + (versions[current].step - common)
 
 
-def _path(versions: Mapping[int, Version], version: int) -> list[Version]:
-    path = []
-    at: int | None = version
-    while at is not None:
-        if at not in versions:
-            raise LedgerError(f"version {at} is not in the ledger, which knows {len(versions)} versions")
-        path.append(versions[at])
-        at = versions[at].parent
-    return path
+def _get(versions: Mapping[int, Version], version: int) -> Version:
+    if version not in versions:
+        raise LedgerError(f"version {version} is not in the ledger, which knows {len(versions)} versions")
+    return versions[version]
+
+
+def _parent(versions: Mapping[int, Version], version: int, oldest: int, current: int) -> int:
+    parent = versions[version].parent
+    if parent is None:
+        raise LedgerError(f"versions {oldest} and {current} have no common ancestor; the ledger's versions are damaged")
+    return parent
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,10 @@ def save_checkpoint(
     for path in sorted(aside.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    if directory.exists():
+        shutil.rmtree(directory)  # left by a crash before the ledger named it
     aside.rename(directory)
+    _sync(directory.parent)  # the new name must survive a crash too
     return digest
 
 
@@ -92,3 +95,11 @@ def checkpoint_sha256(directory: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -88,9 +88,7 @@ def test_on_stale_keep_trains_the_straggler_whenever_it_comes_and_records_its_ag
             if ticket_of(request) == 0:
                 await gate.wait()
 
-        system = build(
-            tmp_path, steps=4, tickets_per_step=2, max_staleness=1, on_stale="keep", gate=hold_ticket_0
-        )
+        system = build(tmp_path, steps=4, tickets_per_step=2, max_staleness=1, on_stale="keep", gate=hold_ticket_0)
         await system.coordinator.start()
         for step in (1, 2, 3):
             await system.learn(step)
@@ -111,9 +109,7 @@ def test_synchronous_batches_are_in_ticket_order_however_calls_complete(tmp_path
             for _ in range(shuffle.randrange(40) if shuffle else 0):
                 await asyncio.sleep(0)
 
-        system = build(
-            directory, steps=3, tickets_per_step=4, max_staleness=0, generation_actors=2, slots=4, gate=gate
-        )
+        system = build(directory, steps=3, tickets_per_step=4, max_staleness=0, generation_actors=2, slots=4, gate=gate)
         await system.coordinator.start()
         batches = []
         for step in (1, 2, 3):
