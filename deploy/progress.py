@@ -26,6 +26,10 @@ class Progress(Protocol):
         """A new part of the start-up begins."""
         ...
 
+    def line(self, text: str) -> None:
+        """Something that the user should read."""
+        ...
+
     def update(self, snapshot: Snapshot) -> None: ...
     def finish(self, summary: dict[str, Any], path: Path) -> None: ...
 
@@ -40,6 +44,9 @@ class Silent:
         pass
 
     def phase(self, text: str) -> None:
+        pass
+
+    def line(self, text: str) -> None:
         pass
 
     def update(self, snapshot: Snapshot) -> None:
@@ -81,7 +88,7 @@ class Terminal:
     def phase(self, text: str) -> None:
         self._phase = text
         if self._live is None:
-            self._line(text)
+            self.line(text)
         self._draw()
 
     def update(self, snapshot: Snapshot) -> None:
@@ -111,15 +118,15 @@ class Terminal:
                 self._step = record
                 self._rewards.append(record["reward_mean"])
                 if self._live is None and (record["step"] == 1 or record["step"] % max(1, self._steps // 10) == 0):
-                    self._line(_step_line(record, self._steps) + f"; {self._who_waits()}")
+                    self.line(_step_line(record, self._steps) + f"; {self._who_waits()}")
             case "evaluation":
                 self._evaluation = record
                 if self._live is None:
-                    self._line(_evaluation_line(record))
+                    self.line(_evaluation_line(record))
             case "failed_call" | "dropped" | "failed":
-                self._line(f"{record['kind'].replace('_', ' ')}: {record['message']}")
+                self.line(f"{record['kind'].replace('_', ' ')}: {record['message']}")
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
         seconds = time.monotonic() - self._began
         self._console.print(f"{seconds:6.1f} s  {text}", highlight=False, markup=False, soft_wrap=True)
 

@@ -18,6 +18,7 @@ from deploy.remote.journal import JournalActor
 from deploy.remote.policy_store import PolicyStoreActor
 from deploy.remote.reference import ReferenceActor
 from deploy.run_dir import RunDir, create_run_dir, write_json
+from deploy.stall import StallWatch
 from deploy.summary import summarize
 from distrl.config import Config
 from distrl.errors import DeadlineError, RunError
@@ -56,6 +57,9 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
         own_ray = start_ray()
         try:
             snapshot = _run_actors(config, plan, run_dir, progress)
+        except BaseException:
+            progress.line(f"what the processes of the run wrote: {_log_directory()}")
+            raise
         finally:
             if own_ray:
                 ray.shutdown()
@@ -92,6 +96,7 @@ def start_ray() -> bool:
     # Our actors take no CPUs of Ray's: threads are set per process, and all processes must start at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     ray.init(
+        address="local",
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=False,
@@ -99,6 +104,11 @@ def start_ray() -> bool:
         namespace="distrl",
     )
     return True
+
+
+def _log_directory() -> str:
+    node = ray._private.worker.global_worker.node
+    return "(Ray is not running)" if node is None else str(node.get_logs_dir_path())
 
 
 def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
@@ -152,6 +162,7 @@ def _constructor_error(error: BaseException) -> str:
 def _watch(config: Config, handles: Handles, group: RayTrainGroup, progress: Progress) -> dict[str, Any]:
     """Shows the run's progress until it is done; raises what ended it."""
     seen = -1
+    stall = StallWatch(config.limits.stall_warning_s)
     while True:
         try:
             snapshot: dict[str, Any] = ray.get(
@@ -162,6 +173,8 @@ def _watch(config: Config, handles: Handles, group: RayTrainGroup, progress: Pro
         if snapshot["records"]:
             seen = snapshot["records"][-1]["number"]
         progress.update(snapshot)
+        if warning := stall.look(snapshot, time.monotonic()):
+            progress.line(warning)
         if snapshot["failed"]:
             raise RunError(snapshot["failed"])
         if group.status() == GroupStatus.FAILED:
