@@ -204,6 +204,7 @@ class Coordinator:
             role=Role.POLICY,
             group_size=self._settings.group_size,
             stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            messages=problem.messages,
         )
         flight = Flight(ticket, problem, oldest_step=member.step, issued_s=self._clock())
         self._flights[ticket_id] = flight

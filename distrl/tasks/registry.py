@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from distrl.tasks.chat import as_conversations
+from distrl.tasks.columns import load_hf_dataset, load_parquet
 from distrl.tasks.config import DataConfig, Source
 from distrl.tasks.gym import load_reasoning_gym
 from distrl.tasks.jsonl import load_jsonl
@@ -11,6 +13,8 @@ from distrl.tasks.sort_digits import load_sort_digits
 _LOADERS: dict[Source, Callable[[DataConfig], Task]] = {
     "sort_digits": load_sort_digits,
     "jsonl": load_jsonl,
+    "parquet": load_parquet,
+    "hf_dataset": load_hf_dataset,
     "reasoning_gym": load_reasoning_gym,
 }
 
@@ -22,4 +26,4 @@ def load_task(config: DataConfig) -> Task:
         ConfigError: an option is unknown to the source, or its package is missing.
         DataError: the source cannot be read, or has too few problems.
     """
-    return _LOADERS[config.source](config)
+    return as_conversations(_LOADERS[config.source](config), config)
