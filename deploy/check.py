@@ -7,7 +7,7 @@ from distrl.errors import ConfigError
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
-from distrl.rewards import make_grader
+from distrl.rewards import check_columns, make_grader
 from distrl.tasks import Task, load_task
 
 PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
@@ -47,8 +47,7 @@ def check_run(config: Config) -> RunPlan:
     whole = load_task(config.data)
     lengths = _check_model_and_prompts(config, whole)
     task = whole.without(lengths.left_out)
-    grader = config.reward.grader or task.default_reward
-    make_grader(grader)
+    grader = _check_grader(config, task)
     recipe = build_recipe(config)
     # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
     lowest_reward = None if ":" in grader else 0.0
@@ -80,6 +79,19 @@ def _check_model_and_prompts(config: Config, task: Task) -> Lengths:
         max_new_tokens=config.rollout.max_new_tokens,
         context_length=context_length,
     )
+
+
+def _check_grader(config: Config, task: Task) -> str:
+    """Name of the run's grader."""
+    grader = config.reward.grader or task.default_reward
+    if config.data.answer_key == "" and ":" not in grader:
+        raise ConfigError(
+            f"reward.grader must be a function of your own where data.answer_key is '' and there are no answers, got "
+            f"{grader!r}; set it to module:function, or name the column of the answers in data.answer_key"
+        )
+    make_grader(grader)
+    check_columns(grader, task.heldout[0])
+    return grader
 
 
 def _check_prompts(config: Config, task: Task) -> None:
