@@ -80,6 +80,10 @@ def ticket_of(request: SampleRequest) -> int:
     return int(request.request_id[1:].split(".")[0]) if request.request_id.startswith("p") else -1
 
 
+def _number(ticket_id: int) -> Problem:
+    return Problem.of(str(ticket_id), str(ticket_id))
+
+
 def build(
     directory: Path,
     *,
@@ -96,6 +100,7 @@ def build(
     attempts: int = 2,
     drops_in_a_row: int = 8,
     grading_tickets_per_call: int = 1,
+    draw: Callable[[int], Problem] = _number,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
@@ -125,8 +130,8 @@ def build(
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=0,
     )
-    heldout = [Problem.of("9", "9")]
-    prompts = Prompts(lambda ticket_id: Problem.of(str(ticket_id), str(ticket_id)), heldout, heldout)
+    heldout = [draw(9)]
+    prompts = Prompts(draw, heldout, heldout)
     coordinator = Coordinator(settings, ledger, prompts, pipeline, Recorder(None, _clock()), _clock())
     return InProcessRun(coordinator, ledger, store, engines, pipeline)
 
