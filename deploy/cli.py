@@ -45,7 +45,7 @@ def quickstart(overrides: Overrides = None) -> None:
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run the training that CONFIG describes.
 
-    Example: distrl train examples/sort_digits.yaml train.steps=20 run.name=short
+    Example: distrl train examples/sort_digits.yaml model.path=models/mine train.steps=20
     """
     from deploy.progress import Terminal
     from deploy.run import run_training
@@ -59,7 +59,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check CONFIG and say in words what it would run; starts nothing.
 
-    Example: distrl validate examples/sort_digits.yaml train.max_staleness=0
+    Example: distrl validate examples/sort_digits.yaml model.path=models/mine
     """
     from deploy.check import check_run, explain
     from distrl.config import load_config

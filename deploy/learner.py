@@ -23,7 +23,9 @@ RESOURCE = "distrl_learner"
 
 
 class RayLink:
-    """The training loop's calls to the coordinator and the policy store, each with a deadline.
+    """The training loop's calls to the coordinator and the policy store, and its reading of rollouts.
+
+    Each has the deadline limits.publish_timeout_s.
 
     Waiting for a batch has none: how long sampling may take is bounded by the stages' own timeouts, and the
     coordinator's answer ends when the run fails.
@@ -69,6 +71,8 @@ class RayLink:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error, what) from error
+        except ray.exceptions.RayActorError as error:
+            raise RunError(f"the learner's call {what} failed: the process it went to is gone") from error
 
 
 def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:

@@ -179,6 +179,6 @@ def _watch(config: Config, handles: Handles, group: RayTrainGroup, progress: Pro
             raise RunError(snapshot["failed"])
         if group.status() == GroupStatus.FAILED:
             raise group.error() or RunError("the learner failed")
-        if snapshot["done"]:
-            return snapshot
+        if snapshot["done"] and group.status() == GroupStatus.FINISHED:
+            return snapshot  # the learner has committed its last checkpoint
         time.sleep(POLL_S)

@@ -4,7 +4,6 @@ Only the coordinator writes; anybody may read it with any SQLite tool while the 
 is `distrl.tickets`; this module keeps it on disk, one transaction per transition.
 """
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -221,10 +220,6 @@ class Ledger:
     def max_staleness(self) -> int:
         """Largest staleness that was trained; 0 before the first step."""
         return int(self._one("SELECT COALESCE(MAX(staleness), 0) AS s FROM tickets")["s"])
-
-    def set_meta(self, key: str, value: object) -> None:
-        with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     # ------------------------------------------------------------------------------------------------------------
 

@@ -232,7 +232,6 @@ def test_derived_values_follow_from_the_keys() -> None:
     )
     assert config.sampling == SamplingParams(9, 0.5, top_p=1.0, top_k=0)
     assert config.admission == Admission(3, 4)
-    assert config.generation_concurrency == 6  # 6 groups of 8 fit into 50 slots
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -368,9 +368,3 @@ def test_evaluations_come_back_in_order(ledger: Ledger) -> None:
     found = ledger.evaluations()
     assert [(r["evaluation"], r["name"], r["step"]) for r in found] == [(1, "before", 0), (2, "after", 9)]
     assert {k: v for k, v in found[0].items() if k not in ("evaluation", "finished_s")} == evaluation
-
-
-def test_meta_holds_json(ledger: Ledger, path: Path) -> None:
-    ledger.set_meta("seed", 3)
-    ledger.set_meta("seed", {"run": 4})
-    assert rows(path, "SELECT value FROM meta WHERE key = 'seed'") == [{"value": '{"run": 4}'}]
