@@ -5,6 +5,7 @@ knows whether the stages are actors or objects in the same process.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,10 +80,19 @@ class Coordinator:
         self._flights: dict[int, Flight] = {}  # issued, not yet granted
         self._granted: dict[int, Flight] = {}  # in the learner's hands
         self._unreleased = 0  # trained, but their step's weights are not published yet
-        self._finished = 0  # tickets trained so far
-        self._step = 0  # steps granted so far
-        self._published = Version(ledger.allocate_version(None, 0), None, 0)
-        self._versions = {self._published.version: self._published}
+        self._reissue: deque[tuple[int, str]] = deque()  # tickets of an earlier process that must be sampled again
+        self._versions = ledger.versions()
+        resumed = ledger.last_checkpoint()
+        if resumed is None:
+            first = Version(ledger.allocate_version(None, 0), None, 0)
+            self._versions[first.version] = first
+            self._published = first
+        else:
+            self._published = self._versions[resumed.version]
+        self._resumed = resumed is not None
+        self._step = self._published.step  # steps granted so far
+        self._trained = self._step  # steps trained so far
+        self._stopping = False
         self._issuing = False
         self._drops_in_a_row = 0
         self._fatal: BaseException | None = None
@@ -92,6 +102,7 @@ class Coordinator:
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
         self._may_load = asyncio.Event()
+        self._recovered = asyncio.Event()
         self.done = asyncio.Event()
         pipeline.generation.on_change(self._issue)
         pipeline.on_failure = self._count_failure
@@ -102,7 +113,30 @@ class Coordinator:
         """Begins to issue tickets, beside the first evaluation."""
         for member in self._pipeline.generation.members:
             self._spawn(self._follow(member))
-        self._spawn(self._begin())
+        self._spawn(self._go_on() if self._resumed else self._begin())
+
+    async def _go_on(self) -> None:
+        """Takes up what an earlier process left: ready tickets from the journal, the others are sampled again.
+
+        New weights are loaded, and tickets issued, when the learner has published the checkpoint's weights again.
+        """
+        recovery = self._ledger.recover(self._step)
+        for kept in recovery.ready:
+            oldest_step = self._versions[kept.oldest_version].step
+            flight = self._flight(kept.ticket_id, kept.prompt_id, oldest_step)
+            flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
+            flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
+            await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
+            flight.enter("ready", self._clock())
+            self._flights[kept.ticket_id] = flight
+        self._reissue.extend(recovery.issued)
+        self._recorder.event(
+            "resumed",
+            f"at step {self._step} with {len(recovery.ready)} tickets from the journal and {len(recovery.issued)} to "
+            "sample again",
+        )
+        self._recovered.set()
+        await self._notify()
 
     async def _begin(self) -> None:
         # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end.
@@ -140,8 +174,15 @@ class Coordinator:
             self._recorder.event("failed", f"{type(error).__name__}: {error}")
         asyncio.get_running_loop().create_task(self._notify())
 
-    async def stop(self, reason: str) -> None:
-        """Ends the run: issues nothing more, and whoever waits for a batch gets a RunError with the reason."""
+    async def request_stop(self) -> None:
+        """Ends the run after the step under way: issues nothing more, and the learner's next batch is none."""
+        self._stopping = True
+        self._issuing = False
+        self._recorder.event("stopping", "after the step under way")
+        await self._notify()
+
+    async def abort(self, reason: str) -> None:
+        """Ends the run now: whoever waits for a batch gets a RunError with the reason."""
         if self._fatal is None:
             self._fatal = RunError(reason)
         await self._notify()
@@ -161,9 +202,8 @@ class Coordinator:
         held = False
         while self._issuing and self._fatal is None:
             outstanding = len(self._flights) + len(self._granted) + self._unreleased
-            wanted = (
-                settings.steps * admission.tickets_per_step - self._finished - len(self._flights) - len(self._granted)
-            )
+            asked_for = (settings.steps - self._trained) * admission.tickets_per_step
+            wanted = asked_for - len(self._flights) - len(self._granted)
             if wanted <= 0:
                 break
             if not admission.may_issue(outstanding, self._ready()) or self._buffer_is_full():
@@ -173,7 +213,7 @@ class Coordinator:
             member = self._pipeline.generation.take(settings.group_size, _at_least(oldest_step))
             if member is None:
                 break
-            self._launch(member)
+            self._launch(member, *(self._reissue.popleft() if self._reissue else self._draw()))
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
 
@@ -186,16 +226,21 @@ class Coordinator:
         enough = len(sampled) >= self._settings.admission.tickets_per_step
         return enough and sum(sampled) >= self._settings.ready_bytes
 
-    def _launch(self, member: Member) -> None:
-        problem: Problem | None = None
+    def _draw(self) -> tuple[int, str]:
+        return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
-        def draw(ticket_id: int) -> str:
-            nonlocal problem
-            problem = self._prompts.draw(ticket_id)
-            return problem.prompt_id
+    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
+        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+        self._flights[ticket_id] = flight
+        self._spawn(self._carry(flight, member))
 
-        ticket_id, prompt_id = self._ledger.issue(draw)
-        assert problem is not None
+    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+        problem = self._prompts.draw(ticket_id)
+        if problem.prompt_id != prompt_id:
+            raise RunError(
+                f"ticket {ticket_id} was drawn as prompt {prompt_id}, the data now gives {problem.prompt_id}; a run "
+                "goes on with the data it began with"
+            )
         ticket = Ticket(
             ticket_id=ticket_id,
             redraw=0,
@@ -205,9 +250,7 @@ class Coordinator:
             group_size=self._settings.group_size,
             stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
         )
-        flight = Flight(ticket, problem, oldest_step=member.step, issued_s=self._clock())
-        self._flights[ticket_id] = flight
-        self._spawn(self._carry(flight, member))
+        return Flight(ticket, problem, oldest_step, issued_s=self._clock())
 
     async def _carry(self, flight: Flight, member: Member) -> None:
         """Takes one ticket through its stages until it is ready or dropped."""
@@ -261,8 +304,10 @@ class Coordinator:
 
     # Batches ----------------------------------------------------------------------------------------------------
 
-    async def next_batch(self, step: int) -> BatchGrant:
+    async def next_batch(self, step: int) -> BatchGrant | None:
         """The batch of optimizer step number `step` (the first is 1), as soon as the contract allows it.
+
+        None when the run was asked to stop: the learner makes a checkpoint and ends.
 
         Raises:
             RunError: the run failed, or steps are asked for out of order.
@@ -271,11 +316,13 @@ class Coordinator:
             raise RunError(f"the learner must ask for step {self._step + 1} next, got {step}")
         began = self._learner_waits_since = self._clock()
         async with self._changed:
-            while not (batch := self._choose()):
+            while not (batch := self._choose()) and not self._stopping:
                 self.check()
                 await self._changed.wait()
         self.check()
         self._learner_waits_since = None
+        if self._stopping:
+            return None
         last = max(batch, key=lambda f: f.stage_since_s)
         self._waits.add(blame((began, self._clock()), last.timeline))
         self._step = step
@@ -320,9 +367,20 @@ class Coordinator:
         for ticket_id in staleness_by_ticket:
             del self._granted[ticket_id]
         self._unreleased += len(staleness_by_ticket)
-        self._finished += len(staleness_by_ticket)
+        self._trained = report.step
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
         return self._ledger.allocate_version(self._published.version, report.step)
+
+    async def restored(self, step: int) -> int:
+        """The learner holds the last checkpoint's weights; the version number to publish them under again."""
+        # Until the ledger's tickets are taken up, none may be issued: they could not be told apart.
+        async with self._changed:
+            while not self._recovered.is_set():
+                self.check()
+                await self._changed.wait()
+        if step != self._step:
+            raise RunError(f"the learner must go on from step {self._step}, the ledger's last checkpoint, got {step}")
+        return self._ledger.allocate_version(self._published.version, step)
 
     async def published(self, version: int, step: int, manifest_sha256: str) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them."""
@@ -330,6 +388,12 @@ class Coordinator:
         self._published = Version(version, self._published.version, step)
         self._versions[version] = self._published
         self._unreleased = 0
+        if self._resumed:
+            self._resumed, self._issuing = False, not self._stopping
+            self._may_load.set()
+            await self._notify()
+            self._issue()
+            return
         every = self._settings.evaluate_every_steps
         last = step == self._settings.steps
         if every and step % every == 0 and not last:
@@ -404,6 +468,7 @@ class Coordinator:
         return {
             "records": self._recorder.after(after),
             "done": self.done.is_set(),
+            "stopping": self._stopping,
             "failed": None if self._fatal is None else f"{type(self._fatal).__name__}: {self._fatal}",
             "step": self._published.step,
             "stages": stages,

@@ -1,5 +1,6 @@
-"""The command line: `distrl quickstart | train | validate`."""
+"""The command line: `distrl quickstart | train | resume | stop | status | validate`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override, such as train.steps=20."),
 ]
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]
 
 
 @app.command()
@@ -67,6 +71,47 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or [])
     for line in explain(loaded, check_run(loaded)):
         typer.echo(line)
+
+
+@app.command()
+def resume(run: RunPath) -> None:
+    """Go on with a run that was stopped, from its last checkpoint.
+
+    Example: distrl resume runs/mine
+    """
+    from deploy.progress import Terminal
+    from deploy.run import resumable, resume_training
+
+    config, _, _ = resumable(run)
+    resume_training(run, Terminal(Console(), config.train.steps, config.run.name))
+
+
+@app.command()
+def stop(
+    run: RunPath,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for the run to end.")] = 120.0,
+) -> None:
+    """Stop a run after the step under way, with a checkpoint; returns when it has ended. Ctrl-C does the same.
+
+    Example: distrl stop runs/mine
+    """
+    from deploy.control import stop_run
+
+    typer.echo(f"{run}: {stop_run(run, timeout_s)}")
+
+
+@app.command()
+def status(
+    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON for another program.")] = False
+) -> None:
+    """Say how a run is doing: state, step, reward, held-out accuracy, tickets. Needs no Ray.
+
+    Example: distrl status runs/mine --json
+    """
+    from deploy.control import describe, run_status
+
+    found = run_status(run)
+    typer.echo(json.dumps(found) if as_json else "\n".join(describe(found)))
 
 
 def main() -> None:

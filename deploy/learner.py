@@ -36,8 +36,10 @@ class RayLink:
         self._store = store
         self._timeout_s = timeout_s
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
-        grant: BatchGrant = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
+        grant: BatchGrant | None = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
+        if grant is None:
+            return None
         tickets = []
         for ticket in grant.tickets:
             refs = [ticket.generation, ticket.grading, ticket.reference]
@@ -48,6 +50,9 @@ class RayLink:
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
         version = self._get(self._coordinator.trained.remote(report, dict(staleness)), "trained")
         return int(version)
+
+    def restored(self, state: TrainState) -> int:
+        return int(self._get(self._coordinator.restored.remote(state.step), "restored"))
 
     def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
         sent = [self._store.add_chunk.remote(manifest.version, i, chunk) for i, chunk in enumerate(chunks)]
@@ -108,18 +113,25 @@ def worker_main(arguments: Mapping[str, Any]) -> None:
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
-    train(trainer, settings, link, world, None, report)
+    checkpoint: Path | None = arguments["checkpoint"]
+    resume = None if checkpoint is None else trainer.restore(checkpoint)
+    train(trainer, settings, link, world, resume, report)
 
 
 class RayTrainGroup:
-    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive."""
+    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
-    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
+    Args:
+        checkpoint: the one that the ledger named last, to go on from; None begins anew.
+    """
+
+    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any, checkpoint: Path | None) -> None:
         self._arguments = {
             "config": config,
             "run_dir": run_dir,
             "coordinator": coordinator,
             "store": store,
+            "checkpoint": checkpoint,
         }
         self._run_dir = run_dir
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)

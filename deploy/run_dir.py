@@ -1,7 +1,6 @@
 """The directory of one run: what lies where, and how it comes about."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,11 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def stop_request(self) -> Path:
+        """A file that asks the run to stop; see `distrl stop`."""
+        return self.path / "stop"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -65,7 +69,6 @@ def create_run_dir(config: Config) -> RunDir:
     except OSError as error:
         raise RunError(f"run.dir: {config.run_dir} cannot be made: {error.strerror}") from error
     run_dir.config.write_text(dump_config(config))
-    write_json(run_dir.run_json, {"format": FORMAT, "name": config.run.name, "pid": os.getpid()})
     return run_dir
 
 
