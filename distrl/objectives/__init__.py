@@ -14,7 +14,7 @@ ranks do not change the result.
     plan = prepare(recipe, batch)
     outputs = []
     for index in micro_batches:  # [b] row numbers, whole groups
-        logps = policy_logps(index)  # [b, W] fresh, W up to T
+        logps = policy_logps(index)  # [b, W] fresh, W up to T; values and logits go beside it as `fresh`
         rows = batch.rows(index, logps)
         output = evaluate(recipe, rows, plan.rows(index, logps.shape[1]))
         output.loss.backward()
@@ -22,8 +22,8 @@ ranks do not change the result.
     optimizer.step()
     metrics = combine(outputs)
 
-Over ranks: each rank prepares the same global batch (mask, rewards and group suffice, the other tensors may
-be of its own rows only), keeps `plan.rows(own_index)` and `Batch.from_tensors(own_tensors, ...)`, and goes
+Over ranks: each rank prepares the same global batch (mask, and the columns and models that the credit reads,
+mostly rewards and group; the other tensors may be of its own rows only), keeps `plan.rows(own_index)` and `Batch.from_tensors(own_tensors, ...)`, and goes
 on as above. Its losses are parts of one sum: gradients are summed over ranks (where they are averaged,
 multiply the loss by the number of ranks). Metrics: sum `totals.sums` and take the largest of `totals.maxima`
 over ranks; `plan.metrics` are the same everywhere.
@@ -34,8 +34,9 @@ each time.
 
 from distrl.objectives.batch import MODEL_TENSORS, Anchor, Batch
 from distrl.objectives.build import Option, build, options, recipe_names
+from distrl.objectives.checks import check
 from distrl.objectives.credit import Credit
-from distrl.objectives.evaluate import check, compute, evaluate, prepare, required_columns
+from distrl.objectives.evaluate import compute, evaluate, prepare, required_columns
 from distrl.objectives.recipe import LossOutput, Plan, Recipe, Term, Totals, combine
 
 __all__ = [
