@@ -22,11 +22,11 @@ ranks do not change the result.
     optimizer.step()
     metrics = combine(outputs)
 
-Over ranks: each rank prepares the same global batch (mask, and the columns and models that the credit reads,
-mostly rewards and group; the other tensors may be of its own rows only), keeps `plan.rows(own_index)` and `Batch.from_tensors(own_tensors, ...)`, and goes
-on as above. Its losses are parts of one sum: gradients are summed over ranks (where they are averaged,
-multiply the loss by the number of ranks). Metrics: sum `totals.sums` and take the largest of `totals.maxima`
-over ranks; `plan.metrics` are the same everywhere.
+Over ranks: each rank prepares the same global batch (mask and what the credit reads, mostly rewards and
+group; the other tensors may be of its own rows only), keeps `plan.rows(own_index)` and
+`Batch.from_tensors(own_tensors, ...)`, and goes on as above. Its losses are parts of one sum: gradients are
+summed over ranks (where they are averaged, multiply the loss by the number of ranks). Metrics: sum
+`totals.sums` and take the largest of `totals.maxima` over ranks; `plan.metrics` are the same everywhere.
 
 With several updates per batch the plan is made once, and `evaluate` weighs by the fresh log-probabilities
 each time.
@@ -38,6 +38,7 @@ from distrl.objectives.checks import check
 from distrl.objectives.credit import Credit
 from distrl.objectives.evaluate import compute, evaluate, prepare, required_columns
 from distrl.objectives.recipe import LossOutput, Plan, Recipe, Term, Totals, combine
+from distrl.objectives.values import optimal_value
 
 __all__ = [
     "MODEL_TENSORS",
@@ -55,6 +56,7 @@ __all__ = [
     "combine",
     "compute",
     "evaluate",
+    "optimal_value",
     "options",
     "prepare",
     "recipe_names",

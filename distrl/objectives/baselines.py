@@ -125,7 +125,7 @@ class Value:
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
     def __call__(self, returns_BT: Tensor, batch: Batch, /) -> Tensor:
-        return batch.column("values").detach().double()
+        return batch.column("values", torch.float64).detach()
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,12 +174,15 @@ class Batch:
         """The precision of losses: float64 for a float64 policy, float32 for every other."""
         return torch.float64 if self.logps is not None and self.logps.dtype == torch.float64 else torch.float32
 
-    def column(self, name: str) -> Tensor:
-        """A column [B, T] or [B, T, V] in the precision of the losses, 0 where the mask is False whatever stood
-        there."""
+    def column(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A column [B, T] or [B, T, V], 0 where the mask is False whatever stood there.
+
+        Args:
+            dtype: that of the result; None is the precision of the losses.
+        """
         column = self.columns[name]
         mask = self.mask if column.ndim == 2 else self.mask[..., None]
-        return torch.where(mask, column, 0.0).to(self.dtype)
+        return torch.where(mask, column, 0.0).to(self.dtype if dtype is None else dtype)
 
     def pool(self, values_B: Tensor, how: Literal["mean", "sum", "amin", "amax"]) -> Tensor:
         """[B] sum, mean or extreme over the rows of each row's group; the mean of equal values is exactly that

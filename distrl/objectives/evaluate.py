@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, batch: Batch, last_metrics: Mapping[str, float] | No
     coefficients = tuple(term.coefficient(batch.step, batch.metrics) for term in recipe.terms)
     made = {}
     if "values" in recipe.needs:
-        made = {"value_targets": credit.targets, "values_old": batch.column("values").detach().double()}
+        made = {"value_targets": credit.targets, "values_old": batch.column("values", torch.float64).detach()}
     metrics = _plan_metrics(recipe, batch, credit, coefficients)
     return Plan(credit.tokens, tuple(shares), coefficients, metrics, made, batch.columns.get("pairs"))
 

@@ -143,7 +143,7 @@ class VTrace:
 
 
 def _values(batch: Batch) -> Tensor:
-    return batch.column("values").detach().double()
+    return batch.column("values", torch.float64).detach()
 
 
 def _next(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

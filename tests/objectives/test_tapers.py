@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distrl.errors import ConfigError
-from distrl.objectives.tapers import PPOClip, Shape, SignedTruncate, Truncate
+from distrl.objectives.tapers import Mask, PPOClip, Shape, SignedTruncate, Truncate
 from tests.objectives.tabular import close, random
 
 SHAPES: list[Shape] = [
@@ -21,6 +21,9 @@ SHAPES: list[Shape] = [
     PPOClip(0.2, 0.2),
     PPOClip(0.2, 0.28),
     PPOClip(1.0, 5.0),
+    PPOClip(0.2, 0.28, 3.0),
+    Mask(0.5, 5.0),
+    Mask(0.0, 1.5),
 ]
 
 
@@ -43,8 +46,7 @@ def test_the_potential_has_no_jump(shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
 def test_the_weight_of_an_unchanged_policy_is_one(shape: Shape) -> None:
-    if isinstance(shape, SignedTruncate | Truncate | PPOClip):
-        close(shape.weight(torch.zeros(2).double(), torch.tensor([1.0, -1.0])), torch.ones(2).double())
+    close(shape.weight(torch.zeros(2).double(), torch.tensor([1.0, -1.0])), torch.ones(2).double())
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,13 @@ def test_the_weight_of_an_unchanged_policy_is_one(shape: Shape) -> None:
         (PPOClip(0.2, 0.28), 0.1, 1.0, 0.1, False),
         (PPOClip(0.2, 0.28), 0.79, -1.0, 0.0, True),
         (PPOClip(0.2, 0.28), 9.0, -1.0, 9.0, False),
+        (PPOClip(0.2, 0.28, 3.0), 2.9, -1.0, 2.9, False),
+        (PPOClip(0.2, 0.28, 3.0), 3.1, -1.0, 0.0, True),
+        (PPOClip(0.2, 0.28, 3.0), 0.1, 1.0, 0.1, False),
+        (Mask(0.5, 5.0), 0.5001, 1.0, 0.5001, False),
+        (Mask(0.5, 5.0), 0.4999, 1.0, 0.0, True),
+        (Mask(0.5, 5.0), 4.99, -1.0, 4.99, False),
+        (Mask(0.5, 5.0), 5.01, -1.0, 0.0, True),
     ],
 )
 def test_weight_in_each_region(shape: Shape, ratio: float, credit: float, weight: float, at_bound: bool) -> None:
