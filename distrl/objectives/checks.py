@@ -6,6 +6,8 @@ from distrl.objectives.credit import Credit
 from distrl.objectives.losses import Divergence, Regression, Score
 from distrl.objectives.pairs import IPO
 from distrl.objectives.recipe import Recipe, Term
+from distrl.objectives.regularized import Regularized
+from distrl.objectives.roles import producer
 from distrl.objectives.tapers import SignedTruncate
 
 
@@ -49,7 +51,8 @@ def check(
     missing = sorted(recipe.needs - produced) if produced is not None else []
     if missing:
         raise ConfigError(
-            f"{recipe.name} reads {', '.join(missing)}, which this run does not produce; "
+            f"{recipe.name} reads {', '.join(f'{name} (from the {producer(name)})' for name in missing)}, "
+            "which this run does not produce; "
             "turn on what produces it, or the option off that reads it (kl_coefficient: 0 for the reference)"
         )
 
@@ -59,12 +62,18 @@ def check_composition(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: a divergence from the policy itself, a ratio that is corrected twice, a KL inside a credit
-            that is standardized, or a return of the single token under a baseline of whole responses.
+            that is standardized, a return of the single token under a baseline of whole responses, or a
+            field that the loss of a pair or of a whole response would not read.
     """
     _check_credit(recipe.name, recipe.credit)
+    if all(term.loss.unit == "pair" for term in recipe.terms) and recipe.credit.rewards:
+        raise ConfigError(
+            f"{recipe.name}.credit has rewards, but losses of pairs read no credit; write credit: {{rewards: []}}"
+        )
     for term in recipe.terms:
         _check_anchor(recipe.name, term)
         _check_correction(recipe.name, term)
+        _check_unit(recipe.name, term)
     for penalty in recipe.credit.penalties:
         if penalty.over.keys() <= {"policy"}:
             raise ConfigError(
@@ -93,6 +102,32 @@ def _check_anchor(name: str, term: Term) -> None:
         raise ConfigError(
             f"{name}.terms.{term.name} measures the policy against {dict(term.loss.anchor)}, itself; "
             "its gradient is zero in expectation, so that it regularizes nothing: name another model"
+        )
+
+
+def _check_unit(name: str, term: Term) -> None:
+    """Losses of pairs and of whole responses cannot be weighted or averaged like losses of tokens."""
+    where = f"{name}.terms.{term.name}"
+    if term.loss.unit == "pair":
+        ignored = {"weights": term.weights, "where": term.where, "self_normalize": term.self_normalize}
+        ignored["per"] = term.per != "token"
+        for field, given in ignored.items():
+            if given:
+                raise ConfigError(
+                    f"{where}.{field} is given, but a loss of pairs is the plain mean over pairs of the policy's own; "
+                    "leave it out"
+                )
+    whole = isinstance(term.loss, Regression) or (
+        isinstance(term.loss, Regularized) and term.loss.ratio.level == "sequence"
+    )
+    if whole and term.per != "sequence_sum":
+        raise ConfigError(
+            f"{where}.per must be sequence_sum, got {term.per}; "
+            "the loss is that of a whole response, and anything else would divide it by the response's length"
+        )
+    if whole and any(ratio.level in ("token", "prefix") for ratio in term.ratios):
+        raise ConfigError(
+            f"{where} weighs the loss of a whole response with a ratio of single tokens; use level: sequence"
         )
 
 

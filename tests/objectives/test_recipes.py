@@ -201,7 +201,7 @@ def test_a_run_that_does_not_score_the_reference_cannot_have_a_kl() -> None:
     with pytest.raises(ConfigError) as error:
         check(build("grpo", kl_coefficient=0.04), produced=produced)
     assert message(error) == (
-        "grpo reads reference, which this run does not produce; "
+        "grpo reads reference (from the reference scorer), which this run does not produce; "
         "turn on what produces it, or the option off that reads it (kl_coefficient: 0 for the reference)"
     )
 
