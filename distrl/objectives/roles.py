@@ -16,7 +16,7 @@ PRODUCERS = {
     "ref_logits": "reference scorer",
     "anchor": "anchor scorer",
     "v_star": "value cache",
-    "preference": "judge and opponent",
+    "preference": "judge",
     "pairs": "judge",
     "pair_preference": "judge",
 }

@@ -203,7 +203,7 @@ def test_columns_that_nobody_produces_are_refused_with_who_would() -> None:
         "a_star_po": "v_star (from the value cache)",
         "ppo": "values (from the value head)",
         "decoupled_ppo": "proximal (from the proximal scorer)",
-        "nash_mp": "anchor (from the anchor scorer), preference (from the judge and opponent)",
+        "nash_mp": "anchor (from the anchor scorer), preference (from the judge)",
         "online_ipo": "pair_preference (from the judge), pairs (from the judge)",
     }
     for name, missing in wanted.items():
