@@ -65,12 +65,15 @@ check(recipe, lowest_reward=-1.0, produced=frozenset({"policy", "behavior", "rew
 assert required_columns(recipe) == {"policy", "behavior", "rewards"}
 
 logps = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -0.5, -0.5]], requires_grad=True)  # [B, T] log pi of each token
-output = compute(recipe, {
-    "logps": logps,
-    "behavior_logps": torch.tensor([[-1.2, -1.9, 0.0], [-0.4, -0.7, -0.5]]),
-    "mask": torch.tensor([[True, True, False], [True, True, True]]),  # True where the policy chose the token
-    "rewards": torch.tensor([1.0, -1.0]),
-})
+output = compute(
+    recipe,
+    {
+        "logps": logps,
+        "behavior_logps": torch.tensor([[-1.2, -1.9, 0.0], [-0.4, -0.7, -0.5]]),
+        "mask": torch.tensor([[True, True, False], [True, True, True]]),  # True where the policy chose the token
+        "rewards": torch.tensor([1.0, -1.0]),
+    },
+)
 output.loss.backward()
 print(output.metrics)
 ```

@@ -25,6 +25,8 @@ from distrl.objectives.divergences import (
     fold,
 )
 from distrl.objectives.losses import Divergence, FullDivergence
+from distrl.objectives.ratios import Ratio
+from distrl.objectives.tapers import Truncate
 from tests.objectives.tabular import close, expected, gradient, parameters, random, responses, token_logps
 
 F = {
@@ -111,6 +113,32 @@ def test_sampled_and_full_rows_have_the_gradient_of_the_local_divergence(row: Ro
 def only(loss: Divergence | FullDivergence) -> Recipe:
     recipe = build("topr", kl_coefficient=1.0)
     return replace(recipe, terms=(replace(recipe.terms[1], loss=loss, weights=()),))
+
+
+@each_row
+def test_off_policy_the_weight_of_the_same_token_gives_every_row_its_gradient(row: Row) -> None:
+    logits, behavior, reference = (parameters(4, 1, seed=seed) for seed in (6, 7, 8))
+    tensors = responses(logits, 1, behavior_logps=behavior, ref_logps=reference) | {"rewards": torch.zeros(4)}
+    recipe = only(Divergence(row))
+    exact = Ratio(Truncate(0.0, math.inf), "token")
+    recipe = replace(recipe, terms=(replace(recipe.terms[0], weights=(exact,)),))
+    slope = gradient(expected(recipe, tensors, token_logps(behavior, 1).sum(1).exp()).loss, logits)
+    close(slope, gradient(definition(row, logits, reference).sum(), logits))
+
+
+def test_off_policy_the_prefix_product_gives_the_divergence_on_the_policys_own_states() -> None:
+    logits, behavior, reference = (parameters(3, 2, seed=seed) for seed in (6, 7, 8))
+    tensors = responses(logits, 2, behavior_logps=behavior, ref_logps=reference) | {"rewards": torch.zeros(9)}
+    states = torch.cat([torch.ones(1).double(), logits.detach().softmax(1)[0]])
+    for row in (K2(), K3()):
+        recipe = only(Divergence(row))
+        wanted = gradient((states * definition(row, logits, reference)).sum(), logits)
+        for level in ("prefix", "sequence"):
+            weight = Ratio(Truncate(0.0, math.inf), level)
+            weighted = replace(recipe, terms=(replace(recipe.terms[0], weights=(weight,)),))
+            slope = gradient(expected(weighted, tensors, token_logps(behavior, 2).sum(1).exp()).loss, logits)
+            # The full product adds a ratio whose mean is 1 given the past, so that it changes nothing.
+            close(slope, wanted)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "js", "hellinger", "tv"])
