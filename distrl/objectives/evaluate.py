@@ -70,7 +70,8 @@ def evaluate(recipe: Recipe, rows: Batch, plan: Plan) -> LossOutput:
 
     Args:
         rows: any whole groups of the batch that was prepared, in any order and split, with fresh
-        log-probabilities. plan: `plan.rows(index)` for the same rows; it may lie on another device.
+            log-probabilities, and fresh values and logits where the recipe reads them.
+        plan: `plan.rows(index)` for the same rows; it may lie on another device.
 
     Returns:
         Losses of parts add up to the loss of the whole, and so do their gradients.

@@ -243,7 +243,7 @@ class LossOutput:
     loss: Tensor
     """Scalar with gradient: the rows' part of the global loss. Add the parts; divide by nothing."""
     per_unit: Mapping[str, Tensor]
-    """By term, the loss of each token [B, T] before share and coefficient; detached."""
+    """By term, the loss of each token [B, T] or pair [N] before share and coefficient; detached."""
     metrics: Mapping[str, float]
     """Of these rows, and of the whole batch where the plan has them. Not additive: use `combine`."""
     totals: Totals

@@ -1,5 +1,6 @@
 """Returns, baselines and scales by their identities; value heads against loops."""
 
+import itertools
 import math
 
 import pytest
@@ -90,6 +91,18 @@ def test_vtrace_is_its_sum_over_later_tokens(rho_bar: float, c_bar: float, lam: 
                 total += gamma**n * trace * delta
                 trace *= lam * min(c_bar, float(ratio[i, s]))
             assert float(actual[i, t]) == pytest.approx(total, abs=1e-12)
+
+
+def test_the_return_of_vtrace_is_the_reward_and_the_next_target() -> None:
+    r, v, log_ratio, behavior = rewards(), values(), 0.5 * random(3, 4, seed=3), random(3, 4, seed=5)
+    rows = batch(values=v, behavior_logps=behavior, logps=behavior + log_ratio)
+    trace = VTrace(gamma=0.9)
+    returns, targets = trace(r, rows), trace.targets(r, rows)
+    for i, steps in enumerate(STEPS):
+        for t, after in itertools.pairwise([*steps, None]):
+            assert t is not None
+            following = 0.0 if after is None else float(targets[i, after])
+            assert float(returns[i, t]) == pytest.approx(float(r[i, t]) + 0.9 * following, abs=1e-12)
 
 
 @pytest.mark.parametrize("rho_bar", [1e-9, 0.8, 1.0, 1e9])

@@ -78,15 +78,14 @@ def test_dapo_is_an_independent_loop_over_groups(size: int, filtered: bool) -> N
 
 
 def test_the_overlong_punishment_is_linear_between_its_bounds() -> None:
-    # L = 8, cache 4: 0 up to 4 tokens, -1/4 per token after that, -1 from 8 on. Groups of one reward, so that the
-    # credit is the punishment minus its mean, with a deviation of 1 through a scale of one.
+    # L = 7, cache 4: 0 up to 3 tokens, -1/4 per token after that, -1 from 7 on.
     from distrl.objectives.batch import Batch
     from distrl.objectives.columns import Overlong
 
     lengths = torch.tensor([0, 3, 4, 5, 6, 8, 9])
     batch = Batch.from_tensors({"mask": torch.arange(9) < lengths[:, None]}, recipe="dapo")
-    wanted = torch.tensor([0.0, 0.0, 0.0, -0.25, -0.5, -1.0, -1.0], dtype=torch.float64)
-    close(Overlong(max_length=8.0, cache=4.0)(batch), wanted)
+    wanted = torch.tensor([0.0, 0.0, -0.25, -0.5, -0.75, -1.0, -1.0], dtype=torch.float64)
+    close(Overlong(max_length=7.0, cache=4.0)(batch), wanted)
 
 
 @pytest.mark.parametrize("size", [2, 3])

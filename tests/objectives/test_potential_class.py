@@ -146,6 +146,22 @@ def test_the_loglinear_proximal_policy_lies_between_sampler_and_policy_by_versio
     close(guess, torch.tensor([[-3.0, -3.0, -2.0, -1.5]], dtype=torch.float64))
 
 
+def test_the_loglinear_guess_takes_the_place_of_recorded_log_probabilities() -> None:
+    from distrl.objectives import compute
+
+    logits, behavior = parameters(4, 2, seed=1), parameters(4, 2, seed=2)
+    tensors = responses(logits, 2, behavior_logps=behavior)
+    tensors |= {"rewards": random(16, seed=6), "group": torch.arange(16) // 4}
+    versions = torch.tensor([10, 9, 8, 6]).repeat(4)[:, None].expand(16, 5)
+    share = torch.tensor([0.0, 0.0, 0.5, 0.75]).double().repeat(4)[:, None]
+    recorded = tensors["behavior_logps"] + share * (tensors["logps"] - tensors["behavior_logps"]).detach()
+    guessed = compute(build("decoupled_ppo", proximal="loglinear"), {**tensors, "policy_versions": versions}, step=10)
+    known = compute("decoupled_ppo", {**tensors, "proximal_logps": recorded}, step=10)
+    close(guessed.loss, known.loss)
+    close(gradient(guessed.loss, logits), gradient(known.loss, logits))
+    assert known.loss != 0
+
+
 def test_token_importance_sampling_is_biased_for_rewards_of_whole_responses() -> None:
     # And the full product is not: rl 2.1.
     logits, behavior = parameters(3, 2, seed=1), parameters(3, 2, seed=2)

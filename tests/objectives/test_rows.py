@@ -44,6 +44,8 @@ F = {
 }
 """f as the definition has it, without the shift by f'(1) (u - 1)."""
 
+NAMED = {"k2": K2(), "k3": K3(), "js": JensenShannon(), "hellinger": Hellinger(), "tv": TotalVariation()}
+
 each_row = pytest.mark.parametrize("row", list(F), ids=repr)
 
 
@@ -160,6 +162,12 @@ def test_with_a_tail_a_divergence_is_a_lower_bound_and_complete_for_every_symbol
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(values))
     assert values[-3] == pytest.approx(values[-1])  # seven of eight and the rest are all eight
     assert values[-2] == values[-1] > values[0] > 0
+    # k = 1 by hand: the policy's likeliest symbol against all others together.
+    q, p = logits[0, 0].softmax(0), reference[0, 0].softmax(0)
+    assert int(q.argmax()) != int(p.argmax())
+    pair = torch.stack([torch.stack([x[q.argmax()], 1 - x[q.argmax()]]) for x in (q, p)])
+    f = next(value for row, value in F.items() if row == NAMED[estimator])
+    assert values[0] == pytest.approx(float((pair[1] * f(pair[0] / pair[1])).sum()))
 
 
 def test_fold_keeps_the_mass() -> None:
