@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from distrl.errors import ConfigError
 from distrl.objectives.batch import Anchor, Batch
 from distrl.objectives.divergences import Row, fold
 
@@ -121,6 +122,12 @@ class FullDivergence:
     max_log_ratio: float = 20.0
     unit: ClassVar[Unit] = "token"
     needs: ClassVar[frozenset[str]] = frozenset({"policy", "logits", "ref_logits"})
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ConfigError(
+                f"full_divergence.top_k must be a whole number >= 0 of symbols, got {self.top_k}; 0 compares all"
+            )
 
     def __call__(self, batch: Batch, credit_BT: Tensor, weight_BT: Tensor, /) -> Tensor:
         """The loss of each token, [B, T]; the gradient flows through `logits`."""

@@ -83,6 +83,11 @@ def test_upkeep_says_what_the_system_does(how: Upkeep, text: str) -> None:
             "mask.low must be in [0, 1] and mask.high >= 1, got low 1.5 and high 5.0; "
             "else an unchanged policy would learn nothing: 0.5 and 5 are usual",
         ),
+        (
+            "grpo",
+            {"kl_rows": "full", "kl_top_k": 2.5},
+            "full_divergence.top_k must be a whole number >= 0 of symbols, got 2.5; 0 compares all",
+        ),
         ("ppo", {"dual_clip": 1.0}, "ppo_clip.dual must be > 1, got 1.0; 3 is usual, .inf turns it off"),
         (
             "dapo",

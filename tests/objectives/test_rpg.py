@@ -132,3 +132,16 @@ def test_a_constant_added_to_the_weight_changes_nothing_on_policy(row: str) -> N
     recipe = build("rpg", divergence=row, level="sequence", kl_coefficient=0.6)
     slope = gradient(expected(recipe, tensors, log_pi.exp()).loss, logits)
     close(slope, -gradient((log_pi.exp() * rewards).sum(), logits))
+
+
+def test_the_metric_of_the_clip_looks_at_the_regularized_credit_too() -> None:
+    # w = 1.4: A = 0.1 alone would be clipped above 1.28, A - 0.5 (1 - 1/1.4) < 0 is inside the dual clip.
+    tensors = {
+        "logps": torch.tensor([[math.log(1.4)], [0.0]], dtype=torch.float64),
+        "behavior_logps": torch.zeros(2, 1).double(),
+        "mask": torch.ones(2, 1).bool(),
+        "rewards": torch.tensor([0.2, 0.0], dtype=torch.float64),
+        "group": torch.zeros(2, dtype=torch.int64),
+    }
+    assert compute(build("rpg", kl_coefficient=0.5), tensors).metrics["at_bound_policy"] == 0.0
+    assert compute(build("rpg", kl_coefficient=0.0), tensors).metrics["at_bound_policy"] == 0.5
