@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distrl.errors import ConfigError, SchemaError
-from distrl.objectives import Batch, build, compute, prepare
+from distrl.objectives import Batch, build, compute, evaluate, prepare
 from distrl.objectives.baselines import BatchStd, EffectivePositives, GroupMean, LeaveOneOut, Then
 from distrl.objectives.returns import GAE, Now, ToGo, VTrace, Whole
 from distrl.objectives.schedules import Adaptive, Cosine, Linear
@@ -151,8 +151,6 @@ def test_normalized_advantages_have_mean_0_and_variance_1() -> None:
 
 @pytest.mark.parametrize("clip", [0.2, math.inf])
 def test_the_value_loss_is_the_larger_of_the_clipped_and_the_plain_square(clip: float) -> None:
-    from distrl.objectives import evaluate
-
     tensors = ppo_tensors()
     recipe = build("ppo", value_clip=clip, value_coefficient=0.7)
     whole = Batch.from_tensors(tensors, recipe="ppo")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrl.objectives import build, compute
+from distrl.objectives import Batch, build, compute, prepare
+from distrl.objectives.columns import Overlong
 from tests.objectives.tabular import (
     all_groups,
     close,
@@ -79,9 +80,6 @@ def test_dapo_is_an_independent_loop_over_groups(size: int, filtered: bool) -> N
 
 def test_the_overlong_punishment_is_linear_between_its_bounds() -> None:
     # L = 7, cache 4: 0 up to 3 tokens, -1/4 per token after that, -1 from 7 on.
-    from distrl.objectives.batch import Batch
-    from distrl.objectives.columns import Overlong
-
     lengths = torch.tensor([0, 3, 4, 5, 6, 8, 9])
     batch = Batch.from_tensors({"mask": torch.arange(9) < lengths[:, None]}, recipe="dapo")
     wanted = torch.tensor([0.0, 0.0, -0.25, -0.5, -0.75, -1.0, -1.0], dtype=torch.float64)
@@ -114,8 +112,6 @@ def test_reinforce_pp_is_an_independent_loop(size: int, beta: float) -> None:
 
 
 def test_reinforce_pp_credits_have_mean_0_and_variance_1_over_tokens_but_not_per_prompt() -> None:
-    from distrl.objectives import Batch, prepare
-
     tensors = off_policy(3)[-1]
     tensors["mask"][::2, 3] = False  # responses of one and of two tokens
     batch = Batch.from_tensors(tensors, recipe="reinforce_pp")
@@ -128,8 +124,6 @@ def test_reinforce_pp_credits_have_mean_0_and_variance_1_over_tokens_but_not_per
 
 
 def test_reinforce_pp_baseline_subtracts_the_group_mean_before_whitening() -> None:
-    from distrl.objectives import Batch, prepare
-
     tensors = off_policy(3)[-1]
     batch = Batch.from_tensors(tensors, recipe="reinforce_pp")
     credit = prepare(build("reinforce_pp", baseline="group_mean", epsilon=0.0), batch).credit[:, 1]
@@ -139,8 +133,6 @@ def test_reinforce_pp_baseline_subtracts_the_group_mean_before_whitening() -> No
 
 
 def test_rloo_credit_is_the_group_mean_credit_times_g_over_g_minus_1() -> None:
-    from distrl.objectives import Batch, prepare
-
     rewards, group = random(12, seed=1), torch.arange(12) % 3
     batch = Batch.from_tensors({"mask": torch.ones(12, 2).bool(), "rewards": rewards, "group": group}, recipe="x")
     left_out, mean = (prepare(build(name), batch).credit for name in ("rloo", "dr_grpo"))
