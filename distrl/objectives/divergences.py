@@ -3,9 +3,9 @@
     D_f(q || p) = sum_v p_v f(q_v / p_v),  f convex, f(1) = 0
 
 Every f is taken with f'(1) (u - 1) subtracted, which changes no divergence and makes p f(q / p) >= 0, the
-slope 0 where q = p and the variance of the sampled gradient smaller. The rows are Tables 5.1 and 5.3 of the
-derivations in docs/recipes.md; p f(q / p) is homogeneous, so that one function of (log q, log p) serves a
-sampled token (q = 1, p = anchor / policy), a whole vocabulary, and k symbols with a tail.
+slope 0 where q = p and the variance of the sampled gradient smaller. p f(q / p) is homogeneous, so that one
+function of (log q, log p) serves a sampled token (q = 1, p = anchor / policy), a whole vocabulary, and k
+symbols with a tail.
 """
 
 import math

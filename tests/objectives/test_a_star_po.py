@@ -130,7 +130,7 @@ def test_the_limits_of_the_value_are_mean_and_maximum() -> None:
 
 
 def test_the_estimated_value_is_too_low_on_average() -> None:
-    # p = 1/4, N = 8, beta = 1/2: E over the binomial .438 against V* = .477 (rl 3 e).
+    # p = 1/4, N = 8, beta = 1/2: E over the binomial .438 against V* = .477.
     p, count, beta = 0.25, 8, 0.5
     values = optimal_value((torch.arange(8) < torch.arange(9)[:, None]).double(), beta=beta)
     weights = [math.comb(count, k) * p**k * (1 - p) ** (count - k) for k in range(count + 1)]

@@ -124,7 +124,7 @@ def test_the_page_and_its_pictures_are_up_to_date() -> None:
     ],
 )
 def test_the_measured_weight_is_that_of_the_comparison_table(name: str, ratio: float, good: float, bad: float) -> None:
-    # The table of tapers in the derivations: one line per method and sign. RPG adds its divergence of 1e-4.
+    # Each method's own definition, for both signs of the credit; RPG without its divergence.
     recipe = build(name, kl_coefficient=0.0) if name == "rpg" else build(name)
     measure = page().weights
     log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64)

@@ -139,3 +139,12 @@ def test_rloo_credit_is_the_group_mean_credit_times_g_over_g_minus_1() -> None:
     close(left_out, 4 / 3 * mean)
     first = (group == 0).nonzero()[:, 0]
     close(left_out[first[0], 0], rewards[first[0]] - rewards[first[1:]].mean())
+
+
+def test_rloo_credits_every_token_with_the_kl_of_the_whole_response() -> None:
+    _, _, away, rewards, group, tensors = off_policy(2)
+    batch = Batch.from_tensors(tensors, recipe="rloo")
+    credit = prepare(build("rloo", kl_coefficient=0.3), batch).credit[:, [1, 3]]
+    total = rewards - 0.3 * away.detach().sum(1)
+    other = torch.stack([total[(group == g) & (torch.arange(len(group)) != i)].sum() for i, g in enumerate(group)])
+    close(credit, (total - other)[:, None].expand(-1, 2))

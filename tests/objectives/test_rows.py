@@ -237,7 +237,7 @@ def test_a_parameter_at_its_limit_is_refused(make: object, text: str) -> None:
 
 
 def test_off_policy_identities_of_the_kl() -> None:
-    # rl 5.1, sequences of one token: E_mu[w k1] and E_mu[w k3] with w differentiable, and E_mu[sg(w) k2], are
+    # Sequences of one token: E_mu[w k1] and E_mu[w k3] with w differentiable, and E_mu[sg(w) k2], are
     # grad KL(pi || ref); w k2 with a differentiable w is not.
     logits, behavior, reference = (parameters(4, 1, seed=seed) for seed in (1, 2, 3))
     log_pi, log_mu, log_ref = (x.log_softmax(1)[0] for x in (logits, behavior.detach(), reference.detach()))
