@@ -1,4 +1,4 @@
-"""The command line: `distrl quickstart | train | validate`."""
+"""The command line: `distrl quickstart | train | validate | report`."""
 
 import sys
 from pathlib import Path
@@ -67,6 +67,29 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or [])
     for line in explain(loaded, check_run(loaded)):
         typer.echo(line)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run; it may still go on.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print paths and headline numbers as JSON.")] = False,
+) -> None:
+    """Write RUN/report.html, one page that needs no network, and its numbers as RUN/report/*.parquet.
+
+    Example: distrl report runs/quickstart
+    """
+    import json
+
+    from deploy.report.write import write_report
+
+    written = write_report(run)
+    if as_json:
+        typer.echo(json.dumps(written.as_json(), indent=2))
+        return
+    typer.echo(f"{written.page}: {written.sentence()}")
+    typer.echo(f"{written.page.with_name('report')}: {', '.join(p.name for p in written.tables.values())}")
+    for note in written.data.facts.missing:
+        typer.echo(f"missing: {note}")
 
 
 def main() -> None:
