@@ -1,4 +1,4 @@
-"""The command line: `distrl quickstart | train | resume | stop | status | validate`."""
+"""The command line: `distrl quickstart | train | resume | stop | status | report | validate`."""
 
 import json
 import sys
@@ -112,6 +112,27 @@ def status(
 
     found = run_status(run)
     typer.echo(json.dumps(found) if as_json else "\n".join(describe(found)))
+
+
+@app.command()
+def report(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print paths and headline numbers as JSON.")] = False,
+) -> None:
+    """Write RUN/report.html, one page that needs no network, and its numbers as RUN/report/*.parquet.
+
+    Example: distrl report runs/quickstart
+    """
+    from deploy.report.write import write_report
+
+    written = write_report(run)
+    if as_json:
+        typer.echo(json.dumps(written.as_json(), indent=2))
+        return
+    typer.echo(f"{written.page}: {written.sentence()}")
+    typer.echo(f"{written.page.with_name('report')}: {', '.join(p.name for p in written.tables.values())}")
+    for note in written.data.facts.missing:
+        typer.echo(f"missing: {note}")
 
 
 def main() -> None:
