@@ -69,6 +69,7 @@ def create_run_dir(config: Config) -> RunDir:
     except OSError as error:
         raise RunError(f"run.dir: {config.run_dir} cannot be made: {error.strerror}") from error
     run_dir.config.write_text(dump_config(config))
+    write_json(run_dir.run_json, {"format": FORMAT, "name": config.run.name, "state": "created"})
     return run_dir
 
 

@@ -11,6 +11,8 @@ from distrl.errors import RunError
 
 
 class RunState(StrEnum):
+    CREATED = "created"
+    """It has a directory, and nothing was started yet."""
     RUNNING = "running"
     FINISHED = "finished"
     """All steps are done."""

@@ -51,7 +51,7 @@ class Facts:
     written_s: float
     """When the report was made, seconds since the epoch."""
     state: str
-    """finished, failed, open (running, or ended without a word) or empty (no record yet)."""
+    """finished, stopped, failed, open (running, or ended without a word) or empty (no record yet)."""
     cause: str | None
     """Of a failed run."""
     first_s: float | None
@@ -140,7 +140,7 @@ def read_run(path: Path, clock: Callable[[], float] = time.time) -> ReportData:
 def _state(records: Sequence[Record], summary: Record | None) -> tuple[str, str | None]:
     failures = [str(r["message"]) for r in records if r["kind"] == "failed"]
     if summary is not None:
-        return "finished", None
+        return str(summary["state"]), None
     if failures:
         return "failed", failures[0]
     return ("open" if records else "empty"), None

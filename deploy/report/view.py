@@ -72,8 +72,9 @@ def make_view(data: ReportData) -> View:
 
 
 def _state(facts: Facts) -> tuple[str, str]:
-    if facts.state == "finished":
-        return "finished", f"Ran from {moment(facts.first_s)} to {moment(facts.last_s)}."
+    if facts.state in ("finished", "stopped"):
+        more = " It was stopped, and can be resumed." if facts.state == "stopped" else ""
+        return facts.state, f"Ran from {moment(facts.first_s)} to {moment(facts.last_s)}.{more}"
     if facts.state == "failed":
         return "failed", str(facts.cause)
     if facts.state == "empty":

@@ -26,6 +26,7 @@ TICKETS_PER_STEP = 3
 ATTACK = "</script><script>alert('x')</script> & \u202egnp.exe \x00"
 """What a model may write: markup, a right-to-left override, a NUL."""
 SUMMARY = {
+    "state": "finished",
     "wall_s": 77.0,
     "learner_wait_fraction": 0.2,
     "learner_waits_s": {"generation": 1.5, "grading": 0.25},

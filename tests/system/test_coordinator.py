@@ -234,7 +234,9 @@ def test_a_slow_grading_call_does_not_delay_the_grading_of_others(tmp_path: Path
     async def scenario() -> None:
         system = build(tmp_path, steps=2, tickets_per_step=2, max_staleness=2, grader=hold_prompt_0)
         await system.coordinator.start()
-        assert {t.ticket_id for t in (await system.learn(1)).tickets} == {1, 2}
+        trained = {t.ticket_id for t in (await system.learn(1)).tickets}
+        assert len(trained) == 2
+        assert 0 not in trained
         release.set()
         assert 0 in {t.ticket_id for t in (await system.learn(2)).tickets}
 
