@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.evaluation import Evaluation, Evaluator
 from actors.flight import Flight
+from actors.flights import Flights
 from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Member
 from actors.recorder import Recorder
@@ -21,7 +22,7 @@ from distrl.ledger import Ledger
 from distrl.messages import BatchGrant, LoadReceipt, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
-from distrl.staleness import Admission, Outstanding, Version, staleness
+from distrl.staleness import Admission, Version, staleness
 from distrl.tasks.problem import Problem
 from distrl.tickets import DropReason, Ticket
 
@@ -77,9 +78,6 @@ class Coordinator:
         self._recorder = recorder
         self._clock = clock
         self._evaluator = Evaluator(pipeline, settings.seed, clock)
-        self._flights: dict[int, Flight] = {}  # issued, not yet granted
-        self._granted: dict[int, Flight] = {}  # in the learner's hands
-        self._unreleased = 0  # trained, but their step's weights are not published yet
         self._reissue: deque[tuple[int, str]] = deque()  # tickets of an earlier process that must be sampled again
         self._versions = ledger.versions()
         resumed = ledger.last_checkpoint()
@@ -91,7 +89,7 @@ class Coordinator:
             self._published = self._versions[resumed.version]
         self._resumed = resumed is not None
         self._step = self._published.step  # steps granted so far
-        self._trained = self._step  # steps trained so far
+        self._flights = Flights(settings.admission, settings.on_stale, settings.ready_bytes, self._step)
         self._stopping = False
         self._issuing = False
         self._drops_in_a_row = 0
@@ -128,7 +126,7 @@ class Coordinator:
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
             flight.enter("ready", self._clock())
-            self._flights[kept.ticket_id] = flight
+            self._flights.add(flight)
         self._reissue.extend(recovery.issued)
         self._recorder.event(
             "resumed",
@@ -148,7 +146,7 @@ class Coordinator:
     async def _finish(self) -> None:
         self._issuing = False
         await self._evaluate("after", self._prompts.heldout)
-        for flight in list(self._flights.values()):
+        for flight in list(self._flights.under_way.values()):
             self._drop(flight, DropReason.RUN_ENDED, "the run had all the steps it was asked for")
         self._recorder.event("done", "all steps are trained and evaluated")
         self.done.set()
@@ -198,18 +196,13 @@ class Coordinator:
 
     def _issue(self) -> None:
         """Issues as many tickets as the staleness contract and the free places allow."""
-        settings, admission = self._settings, self._settings.admission
+        settings, flights = self._settings, self._flights
         held = False
-        while self._issuing and self._fatal is None:
-            outstanding = len(self._flights) + len(self._granted) + self._unreleased
-            asked_for = (settings.steps - self._trained) * admission.tickets_per_step
-            wanted = asked_for - len(self._flights) - len(self._granted)
-            if wanted <= 0:
-                break
-            if not admission.may_issue(outstanding, self._ready()) or self._buffer_is_full():
+        while self._issuing and self._fatal is None and flights.wanted(settings.steps) > 0:
+            if not flights.may_issue():
                 held = True
                 break
-            oldest_step = admission.oldest_step_for(outstanding, self._published.step)
+            oldest_step = settings.admission.oldest_step_for(flights.outstanding, self._published.step)
             member = self._pipeline.generation.take(settings.group_size, _at_least(oldest_step))
             if member is None:
                 break
@@ -217,21 +210,12 @@ class Coordinator:
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
 
-    def _ready(self) -> int:
-        return sum(f.ready for f in self._flights.values())
-
-    def _buffer_is_full(self) -> bool:
-        """Whether the sampled rollouts that are not trained yet fill limits.ready_bytes and hold a whole batch."""
-        sampled = [f.bytes for f in self._flights.values() if f.bytes]
-        enough = len(sampled) >= self._settings.admission.tickets_per_step
-        return enough and sum(sampled) >= self._settings.ready_bytes
-
     def _draw(self) -> tuple[int, str]:
         return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
     def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
         flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
-        self._flights[ticket_id] = flight
+        self._flights.add(flight)
         self._spawn(self._carry(flight, member))
 
     def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
@@ -282,7 +266,7 @@ class Coordinator:
         await self._notify()
 
     def _drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
-        self._flights.pop(flight.ticket.ticket_id, None)
+        self._flights.remove(flight)
         self._ledger.drop(flight.ticket.ticket_id, reason, detail)
 
     def _count_drop(self, error: TicketFailedError) -> None:
@@ -316,7 +300,7 @@ class Coordinator:
             raise RunError(f"the learner must ask for step {self._step + 1} next, got {step}")
         began = self._learner_waits_since = self._clock()
         async with self._changed:
-            while not (batch := self._choose()) and not self._stopping:
+            while not (batch := self._flights.choose(self._step)) and not self._stopping:
                 self.check()
                 await self._changed.wait()
         self.check()
@@ -330,18 +314,6 @@ class Coordinator:
         self._issue()
         return BatchGrant(step, tuple(tickets))
 
-    def _choose(self) -> list[Flight]:
-        admission = self._settings.admission
-        if self._settings.on_stale == "keep":
-            ready = sorted(f.ticket.ticket_id for f in self._flights.values() if f.ready)
-            batch: Sequence[int] = ready[: admission.tickets_per_step]
-            if len(batch) < admission.tickets_per_step:
-                return []
-        else:
-            outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self._flights.values()]
-            batch = admission.choose(outstanding, self._step).batch
-        return [self._flights[i] for i in batch]
-
     def _grant(self, flight: Flight) -> TicketGrant:
         ticket_id = flight.ticket.ticket_id
         # The step before may not be published yet; its weights are what this batch is trained on all the same.
@@ -353,7 +325,7 @@ class Coordinator:
                 f"ticket {ticket_id} would be trained with staleness {age}, train.max_staleness is {bound}; "
                 "this is a fault of distrl, please report it"
             )
-        self._granted[ticket_id] = self._flights.pop(ticket_id)
+        self._flights.grant(flight)
         return TicketGrant(ticket_id, flight.generation, flight.grading, flight.reference, age)
 
     # Policy versions --------------------------------------------------------------------------------------------
@@ -362,12 +334,8 @@ class Coordinator:
         """The learner has done a step. Returns the version number for the weights it made."""
         self.check()
         self._ledger.mark_trained(report.step, staleness_by_ticket)
-        rewards = [self._granted[i].reward_mean for i in staleness_by_ticket]
-        tokens = sum(self._granted[i].response_tokens for i in staleness_by_ticket)
-        for ticket_id in staleness_by_ticket:
-            del self._granted[ticket_id]
-        self._unreleased += len(staleness_by_ticket)
-        self._trained = report.step
+        trained = self._flights.trained(report.step, staleness_by_ticket)
+        rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
         return self._ledger.allocate_version(self._published.version, report.step)
 
@@ -387,19 +355,17 @@ class Coordinator:
         self._ledger.mark_published(version, manifest_sha256)
         self._published = Version(version, self._published.version, step)
         self._versions[version] = self._published
-        self._unreleased = 0
+        self._flights.release()
+        every = self._settings.evaluate_every_steps
         if self._resumed:
             self._resumed, self._issuing = False, not self._stopping
             self._may_load.set()
-            await self._notify()
-            self._issue()
-            return
-        every = self._settings.evaluate_every_steps
-        last = step == self._settings.steps
-        if every and step % every == 0 and not last:
-            self._spawn(self._evaluate_during())
-        if last:
+        if step == self._settings.steps:
             self._spawn(self._finish())
+        elif every and step % every == 0:
+            # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
+            self._issuing = self._issuing and self._settings.admission.max_staleness > 0
+            self._spawn(self._evaluate_during())
         await self._notify()
         self._issue()
 
@@ -439,14 +405,9 @@ class Coordinator:
     # Evaluation -------------------------------------------------------------------------------------------------
 
     async def _evaluate_during(self) -> None:
-        # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
-        synchronous = self._settings.admission.max_staleness == 0
-        if synchronous:
-            self._issuing = False
         await self._evaluate("during", self._prompts.heldout_during)
-        if synchronous and self._step < self._settings.steps:
-            self._issuing = True
-            self._issue()
+        self._issuing = not self._stopping
+        self._issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
         step = self._published.step
@@ -458,10 +419,6 @@ class Coordinator:
 
     async def snapshot(self, after: int) -> dict[str, Any]:
         """What the driver shows: records with a number above `after`, tickets by state, who waits for whom."""
-        stages: dict[str, int] = {}
-        for flight in self._flights.values():
-            stages[flight.stage] = stages.get(flight.stage, 0) + 1
-        oldest = min(self._flights.values(), key=lambda f: f.stage_since_s, default=None)
         pools = [self._pipeline.generation, self._pipeline.grading]
         if self._pipeline.reference is not None:
             pools.append(self._pipeline.reference)
@@ -471,8 +428,7 @@ class Coordinator:
             "stopping": self._stopping,
             "failed": None if self._fatal is None else f"{type(self._fatal).__name__}: {self._fatal}",
             "step": self._published.step,
-            "stages": stages,
-            "granted": len(self._granted),
+            **self._flights.report(self._clock()),
             "rollouts": dict(self._pipeline.rollouts),
             "learner_waiting": self._learner_waits_since is not None,
             "generation_held": self._held.running,
@@ -482,13 +438,6 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._held.read(),
             "busy": {pool.stage: pool.busy for pool in pools},
-            "oldest": None
-            if oldest is None or oldest.ready
-            else {
-                "ticket": oldest.ticket.ticket_id,
-                "stage": oldest.stage,
-                "since_s": self._clock() - oldest.stage_since_s,
-            },
         }
 
     async def _notify(self) -> None:

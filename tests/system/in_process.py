@@ -108,6 +108,7 @@ def build(
     attempts: int = 2,
     drops_in_a_row: int = 8,
     grading_tickets_per_call: int = 1,
+    evaluate_every_steps: int = 0,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
@@ -135,7 +136,7 @@ def build(
         sync_timeout_s=10,
         ready_bytes=1 << 30,
         drops_in_a_row=drops_in_a_row,
-        evaluate_every_steps=0,
+        evaluate_every_steps=evaluate_every_steps,
     )
     heldout = [Problem.of("9", "9")]
     prompts = Prompts(lambda ticket_id: Problem.of(str(ticket_id), str(ticket_id)), heldout, heldout)
