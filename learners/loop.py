@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from distrl.errors import RunError
 from distrl.logps import response_logps
@@ -90,10 +91,14 @@ class Trainer:
         Raises:
             RunError: the gradient is not finite; the weights are unchanged.
         """
-        tensors = Batch.from_tensors(batch.tensors, recipe=self._recipe.name, step=step - 1)
+        parts = micro_batches(batch.tokens, batch.tensors["group"], self._settings.micro_batch_tokens)
+        given = batch.tensors
+        if "policy" in self._recipe.prepare_needs:
+            given = {**given, "logps": self._logps(batch, parts)}
+        tensors = Batch.from_tensors(given, recipe=self._recipe.name, step=step - 1)
         plan = prepare(self._recipe, tensors)
         outputs = []
-        for index in micro_batches(batch.tokens, batch.tensors["group"], self._settings.micro_batch_tokens):
+        for index in parts:
             logps = response_logps(self._model, batch.tokens.rows(index), self._settings.temperature)
             output = evaluate(self._recipe, tensors.rows(index, logps), plan.rows(index, logps.shape[1]))
             output.loss.backward()
@@ -112,6 +117,15 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {**metrics, "learning_rate": rate}
+
+    def _logps(self, batch: TrainingBatch, parts: Sequence[Tensor]) -> Tensor:
+        """[B, T] log-probabilities of the whole batch before the step, without gradient."""
+        logps = torch.zeros(batch.tokens.response_mask.shape)
+        with torch.no_grad():
+            for index in parts:
+                rows = response_logps(self._model, batch.tokens.rows(index), self._settings.temperature)
+                logps[index, : rows.shape[1]] = rows.cpu()
+        return logps
 
     def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
         return training_batch(tickets, self._tokenizer.pad_token_id or 0)

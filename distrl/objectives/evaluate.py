@@ -41,11 +41,7 @@ def prepare(recipe: Recipe, batch: Batch, last_metrics: Mapping[str, float] | No
         SchemaError: a tensor is missing or has the wrong shape.
     """
     batch.check(recipe.name)
-    columns = recipe.credit.needs
-    for term in recipe.terms:
-        columns |= term.where.needs if term.where is not None else frozenset()
-        columns |= term.needs if term.self_normalize else frozenset()
-        columns |= frozenset({"pairs"}) if term.loss.unit == "pair" else frozenset()
+    columns = recipe.prepare_needs
     batch = replace(batch.at_proximal(), metrics=last_metrics or {})
     batch.require(recipe.name, _given(recipe, columns))
     if columns & recipe.anchors.keys():

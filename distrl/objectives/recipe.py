@@ -129,6 +129,17 @@ class Recipe:
         derived = frozenset[str]().union(*(column.needs for column in self.anchors.values()))
         return ((self.credit.needs | terms | chosen) - self.anchors.keys()) | derived
 
+    @property
+    def prepare_needs(self) -> frozenset[str]:
+        """Models and columns that `prepare` reads of the whole batch. With "policy" among them a learner has to make a
+        forward pass before it, unless proximal log-probabilities are recorded."""
+        columns = self.credit.needs
+        for term in self.terms:
+            columns |= term.where.needs if term.where is not None else frozenset()
+            columns |= term.needs if term.self_normalize else frozenset()
+            columns |= frozenset({"pairs"}) if term.loss.unit == "pair" else frozenset()
+        return columns
+
     def derive(self, batch: Batch) -> Batch:
         """The batch with the models that are derived instead of run."""
         if not self.anchors:
