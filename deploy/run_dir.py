@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrl.config import Config, dump_config
-from distrl.errors import RunError
+from distrl.errors import RefusedError, RunError
 
 FORMAT = 1
 
@@ -56,13 +56,13 @@ def create_run_dir(config: Config) -> RunDir:
     """Makes the run's directory with its resolved config.
 
     Raises:
-        RunError: the directory exists already, or cannot be made.
+        RefusedError: the directory exists already. RunError: it cannot be made.
     """
     run_dir = RunDir(config.run_dir.absolute())
     try:
         run_dir.path.mkdir(parents=True)
     except FileExistsError:
-        raise RunError(
+        raise RefusedError(
             f"run.name: the directory {config.run_dir} must not exist yet, a run never overwrites another; "
             f"choose a new name with run.name=... or delete it"
         ) from None
