@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
+from deploy.commands.init import init, schema
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -117,6 +118,10 @@ def report(run: RunPath, as_json: Json = False) -> None:
     typer.echo(f"{written.page.with_name('report')}: {', '.join(p.name for p in written.tables.values())}")
     for note in written.data.facts.missing:
         typer.echo(f"missing: {note}")
+
+
+app.command()(init)
+app.command()(schema)
 
 
 def main() -> None:

@@ -304,6 +304,8 @@ def _explain(error: Any) -> str:
             return f"{name} is required and has no default; add it to the config or pass {name}=..."
         case "value_error":
             return str(error["ctx"]["error"])  # our validators name their keys themselves
+        case _ if value is None:
+            return f"{name} must not be empty; fill it in or pass {name}=..."
         case _:
             # "Input should be ...", "String should match ...", "Input is not a valid path ..."
             _, should, rule = error["msg"].partition(" should ")
