@@ -8,6 +8,7 @@ from rich.console import Console
 
 from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
 from deploy.commands.init import init, schema
+from deploy.commands.recipes import recipes
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -122,6 +123,7 @@ def report(run: RunPath, as_json: Json = False) -> None:
 
 app.command()(init)
 app.command()(schema)
+app.command()(recipes)
 
 
 def main() -> None:
