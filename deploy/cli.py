@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
+from deploy.commands.evaluate import evaluate
 from deploy.commands.init import init, schema
 from deploy.commands.recipes import recipes
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
@@ -121,6 +122,9 @@ def report(run: RunPath, as_json: Json = False) -> None:
         typer.echo(f"missing: {note}")
 
 
+
+
+app.command("eval")(evaluate)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)
