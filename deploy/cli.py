@@ -8,6 +8,7 @@ from rich.console import Console
 
 from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
 from deploy.commands.evaluate import evaluate
+from deploy.commands.export import export
 from deploy.commands.init import init, schema
 from deploy.commands.recipes import recipes
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
@@ -125,6 +126,7 @@ def report(run: RunPath, as_json: Json = False) -> None:
 
 
 app.command("eval")(evaluate)
+app.command()(export)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)

@@ -73,6 +73,23 @@ def create_run_dir(config: Config) -> RunDir:
     return run_dir
 
 
+def find_run(path: Path) -> RunDir:
+    """The run in this directory.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    run_dir = RunDir(path.absolute())
+    if not run_dir.run_json.is_file():
+        fault = "it has no run.json" if path.is_dir() else "it is not a directory" if path.exists() else "it is missing"
+        near = sorted(
+            (path if path.is_dir() else path.parent).glob("*/run.json"), key=lambda file: file.stat().st_mtime
+        )
+        remedy = f"did you mean {near[-1].parent}?" if near else "give the folder that distrl train made"
+        raise RefusedError(f"RUN: {path} must be a run's directory, {fault}; {remedy}")
+    return run_dir
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file so that a reader sees the old content or the new one, never half."""
     aside = path.with_name(path.name + ".partial")
