@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # else lines break where the source breaks them
 )
 
 
@@ -41,12 +42,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: distrl train examples/sort_digits.yaml model.path=models/mine train.steps=20
     """
-    from deploy.progress import Terminal
-    from deploy.run import run_training
-    from distrl.config import load_config
+    import deploy
 
-    loaded = load_config(config, overrides or [])
-    run_training(loaded, Terminal(Console(), loaded.train.steps, loaded.run.name))
+    deploy.train(config, overrides or [])
 
 
 @app.command()

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from distrl.config import Config
-from distrl.objectives import recipe_names
 
 FILE = "config.schema.json"
 
@@ -21,6 +20,9 @@ class _Untitled(GenerateJsonSchema):
 
 def config_schema() -> dict[str, Any]:
     """The schema of a config file; every key has its description, rule and default."""
+    # Imports torch, which a config to start from does not need.
+    from distrl.objectives import recipe_names
+
     schema = Config.model_json_schema(schema_generator=_Untitled)
     for key in schema["properties"].values():
         if "$ref" in key:

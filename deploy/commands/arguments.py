@@ -9,7 +9,7 @@ import typer
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override, such as train.steps=20."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys to override, such as train.steps=20."),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run, such as runs/mine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")]

@@ -9,7 +9,7 @@ from deploy.commands.arguments import Json, print_json
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run, such as runs/mine.")]
 Which = Annotated[str, typer.Option(help="last, best (by held-out accuracy) or a name such as step-000020.")]
-Out = Annotated[Path | None, typer.Option(help="Directory to make; without it RUN/exports/<checkpoint>.")]
+Out = Annotated[Path | None, typer.Option(help="Directory to make; without it one in RUN/exports.")]
 
 
 def export(run: Run, checkpoint: Which = "last", out: Out = None, as_json: Json = False) -> None:
