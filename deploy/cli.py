@@ -121,8 +121,6 @@ def report(run: RunPath, as_json: Json = False) -> None:
         typer.echo(f"missing: {note}")
 
 
-
-
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(init)

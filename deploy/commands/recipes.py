@@ -11,13 +11,13 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A recipe; all of them without it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the objectives that can be trained, or one with its options and what it needs.
+    """List the objectives that can be trained, or one with its formula, its options and what it needs.
 
     Example: distrl recipes topr
     """
-    from deploy import recipes as known
+    from distrl.objectives import describe
 
     if as_json:
-        print_json(known.recipes() if name is None else known.recipe(name))
+        print_json(describe.recipes() if name is None else describe.recipe(name))
     else:
-        typer.echo(known.table() if name is None else known.text(name))
+        typer.echo(describe.table() if name is None else describe.text(name))

@@ -73,12 +73,6 @@ def test_the_examples_of_the_page_run(runs: list[tuple[Config, Progress]], capsy
     assert [config.run.seed for config, _ in runs] == [0, 0, 1, 2]
 
 
-def test_the_functions_that_the_page_names_are_there() -> None:
-    from deploy import evaluate, export, recipes
-
-    assert all(map(callable, (evaluate.evaluate_model, export.export, recipes.recipe)))
-
-
 def test_importing_deploy_is_light_and_the_command_line_too() -> None:
     heavy = "{'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)"
     code = f"import sys, deploy, deploy.cli; assert deploy.__all__ == ['train']; print({heavy})"
