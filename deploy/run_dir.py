@@ -77,17 +77,23 @@ def find_run(path: Path) -> RunDir:
     """The run in this directory.
 
     Raises:
-        RefusedError: there is none.
+        RefusedError: there is none; names the newest run nearby.
     """
     run_dir = RunDir(path.absolute())
+    if not path.exists():
+        raise RefusedError(f"RUN: {path} must be a run directory, it does not exist; {_runs_near(path.parent)}")
+    if not path.is_dir():
+        raise RefusedError(f"RUN: {path} must be a run directory, it is a file; {_runs_near(path.parent)}")
     if not run_dir.run_json.is_file():
-        fault = "it has no run.json" if path.is_dir() else "it is not a directory" if path.exists() else "it is missing"
-        near = sorted(
-            (path if path.is_dir() else path.parent).glob("*/run.json"), key=lambda file: file.stat().st_mtime
-        )
-        remedy = f"did you mean {near[-1].parent}?" if near else "give the folder that distrl train made"
-        raise RefusedError(f"RUN: {path} must be a run's directory, {fault}; {remedy}")
+        raise RefusedError(f"RUN: {path} must be a run directory, it has no run.json; {_runs_near(path)}")
     return run_dir
+
+
+def _runs_near(folder: Path) -> str:
+    runs = sorted(folder.glob("*/run.json"), key=lambda p: (p.stat().st_mtime, p)) if folder.is_dir() else []
+    if not runs:
+        return "give the folder that `distrl train` made, such as runs/NAME"
+    return f"did you mean {runs[-1].parent}?"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

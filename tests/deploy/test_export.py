@@ -151,15 +151,15 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 
 def test_what_is_not_a_run_is_named_with_the_nearest_one(run: Path, tmp_path: Path) -> None:
     assert refusal(RefusedError, lambda: export(run.parent / "main")) == (
-        f"RUN: {run.parent / 'main'} must be a run's directory, it is missing; did you mean {run}?"
+        f"RUN: {run.parent / 'main'} must be a run directory, it does not exist; did you mean {run}?"
     )
     assert refusal(RefusedError, lambda: export(run.parent)) == (
-        f"RUN: {run.parent} must be a run's directory, it has no run.json; did you mean {run}?"
+        f"RUN: {run.parent} must be a run directory, it has no run.json; did you mean {run}?"
     )
     (tmp_path / "file").write_text("")
     assert refusal(RefusedError, lambda: export(tmp_path / "file")) == (
-        f"RUN: {tmp_path / 'file'} must be a run's directory, it is not a directory; give the folder that distrl train "
-        "made"
+        f"RUN: {tmp_path / 'file'} must be a run directory, it is a file; give the folder that `distrl train` made, "
+        "such as runs/NAME"
     )
 
 
