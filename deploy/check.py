@@ -47,7 +47,7 @@ def check_run(config: Config) -> RunPlan:
     # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
     lowest_reward = None if ":" in grader else 0.0
     check(recipe, lowest_reward=lowest_reward, group_size=config.rollout.group_size, produced=PRODUCED)
-    _check_prompts(config, task)
+    check_heldout(config, task)
     scores_reference = "reference" in required_columns(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
@@ -58,7 +58,11 @@ def check_run(config: Config) -> RunPlan:
     return RunPlan(grader, scores_reference, recipe, len(task.train), len(task.heldout))
 
 
-def _check_prompts(config: Config, task: Task) -> None:
+def check_heldout(config: Config, task: Task) -> None:
+    """
+    Raises:
+        ConfigError: there are fewer held-out problems than asked for.
+    """
     if len(task.heldout) < config.evaluation.problems:
         raise ConfigError(
             f"evaluation.problems must be <= the held-out problems ({len(task.heldout)}), got "

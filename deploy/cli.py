@@ -1,35 +1,26 @@
-"""The command line: `distrl quickstart | train | resume | stop | status | report | validate`."""
+"""The command line; most commands have a module of their own in `deploy.commands`."""
 
-import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from distrl.errors import ConfigError, DataError, DistrlError
+from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
+from deploy.commands.evaluate import evaluate
+from deploy.commands.export import export
+from deploy.commands.init import init, schema
+from deploy.commands.recipes import recipes
+from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
+from distrl.errors import DistrlError
 
 app = typer.Typer(
     help="RL post-training of language models with asynchronous actors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # else lines break where the source breaks them
 )
-
-EXIT_FAILED = 1
-EXIT_REFUSED = 2
-"""The config or the data cannot be used; nothing was started."""
-EXIT_INTERRUPTED = 130
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override, such as train.steps=20."),
-]
-
-
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]
 
 
 @app.command()
@@ -51,12 +42,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: distrl train examples/sort_digits.yaml model.path=models/mine train.steps=20
     """
-    from deploy.progress import Terminal
-    from deploy.run import run_training
-    from distrl.config import load_config
+    import deploy
 
-    loaded = load_config(config, overrides or [])
-    run_training(loaded, Terminal(Console(), loaded.train.steps, loaded.run.name))
+    deploy.train(config, overrides or [])
 
 
 @app.command()
@@ -101,9 +89,7 @@ def stop(
 
 
 @app.command()
-def status(
-    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON for another program.")] = False
-) -> None:
+def status(run: RunPath, as_json: Json = False) -> None:
     """Say how a run is doing: state, step, reward, held-out accuracy, tickets. Needs no Ray.
 
     Example: distrl status runs/mine --json
@@ -111,14 +97,14 @@ def status(
     from deploy.control import describe, run_status
 
     found = run_status(run)
-    typer.echo(json.dumps(found) if as_json else "\n".join(describe(found)))
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(describe(found)))
 
 
 @app.command()
-def report(
-    run: RunPath,
-    as_json: Annotated[bool, typer.Option("--json", help="Print paths and headline numbers as JSON.")] = False,
-) -> None:
+def report(run: RunPath, as_json: Json = False) -> None:
     """Write RUN/report.html, one page that needs no network, and its numbers as RUN/report/*.parquet.
 
     Example: distrl report runs/quickstart
@@ -127,7 +113,7 @@ def report(
 
     written = write_report(run)
     if as_json:
-        typer.echo(json.dumps(written.as_json(), indent=2))
+        print_json(written.as_json())
         return
     typer.echo(f"{written.page}: {written.sentence()}")
     typer.echo(f"{written.page.with_name('report')}: {', '.join(p.name for p in written.tables.values())}")
@@ -135,23 +121,25 @@ def report(
         typer.echo(f"missing: {note}")
 
 
+app.command("eval")(evaluate)
+app.command()(export)
+app.command()(init)
+app.command()(schema)
+app.command()(recipes)
+
+
 def main() -> None:
-    """Entry point of the `distrl` command. Exit status 0: done; 1: the run failed; 2: refused; 130: interrupted."""
+    """Entry point of the `distrl` command; `deploy.exit_codes` says what the exit status means."""
     from deploy.guard import check_packages
 
     try:
         check_packages()
         app(standalone_mode=True)
-    except (ConfigError, DataError) as error:
-        _say(error)
-        sys.exit(EXIT_REFUSED)
     except DistrlError as error:
-        _say(error)
-        sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-
-
-def _say(error: DistrlError) -> None:
-    typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(exit_code(error))
+    except SystemExit as ended:
+        # Typer turns Ctrl-C into this status, and says nothing.
+        if ended.code == EXIT_INTERRUPTED:
+            typer.echo("interrupted", err=True)
+        raise

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deploy.run_dir import RunDir
+from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, read_state
-from distrl.errors import DeadlineError, RunError
+from distrl.errors import DeadlineError, RefusedError
 from distrl.ledger import Ledger
 
 POLL_S = 0.2
@@ -17,12 +17,12 @@ def stop_run(path: Path, timeout_s: float) -> RunState:
     """Asks a run to stop and waits until it has; how it ended.
 
     Raises:
-        RunError: there is no such run, or it is not running. DeadlineError: it did not end within `timeout_s`.
+        RefusedError: there is no such run, or it is not running. DeadlineError: it did not end within `timeout_s`.
     """
-    run_dir = RunDir(path.absolute())
+    run_dir = find_run(path)
     state = read_state(run_dir)
     if state != RunState.RUNNING:
-        raise RunError(f"{path}: the run must be running to be stopped, it is {state}")
+        raise RefusedError(f"{path}: the run must be running to be stopped, it is {state}")
     run_dir.stop_request.touch()
     deadline = time.monotonic() + timeout_s
     while (state := read_state(run_dir)) == RunState.RUNNING:
@@ -36,9 +36,9 @@ def run_status(path: Path) -> dict[str, Any]:
     """What a run has done so far: state, step, the last step's reward and staleness, evaluations, tickets, drops.
 
     Raises:
-        RunError: there is no such run.
+        RefusedError: there is no such run.
     """
-    run_dir = RunDir(path.absolute())
+    run_dir = find_run(path)
     state = read_state(run_dir)
     status: dict[str, Any] = {"run": str(path), "state": state, "step": 0, "tickets": {}, "dropped": {}}
     if run_dir.ledger.exists():

@@ -10,13 +10,13 @@ from deploy.check import RunPlan, check_run
 from deploy.interrupt import stop_on_interrupt
 from deploy.learner import RayTrainGroup
 from deploy.progress import Progress, Silent
-from deploy.run_dir import RunDir, create_run_dir, write_json
+from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
 from deploy.run_state import RunState, claim, read_state, write_state
 from deploy.stall import StallWatch
 from deploy.start import Handles, log_directory, start_actors, start_ray, wait_for_actors
 from deploy.summary import summarize
 from distrl.config import Config, load_config
-from distrl.errors import RunError
+from distrl.errors import RefusedError, RunError
 from distrl.ledger import Ledger
 from learners.group import GroupStatus
 
@@ -30,7 +30,7 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
 
     Raises:
         ConfigError, DataError: the config cannot be run.
-        RunError: the run's directory exists, or the run failed; the message has the cause.
+        RefusedError: the run's directory exists. RunError: the run failed; the message has the cause.
     """
     plan = check_run(config)
     return _run(config, plan, create_run_dir(config), None, progress or Silent())
@@ -40,21 +40,25 @@ def resumable(path: Path) -> tuple[Config, RunDir, Path]:
     """What is needed to go on with a run: its config, its directory, and the checkpoint that its ledger names last.
 
     Raises:
-        RunError: there is no such run, it is running or finished, or it has no checkpoint.
+        RefusedError: there is no such run, it is running or finished, or it has no checkpoint.
     """
-    run_dir = RunDir(path.absolute())
+    run_dir = find_run(path)
     state = read_state(run_dir)
     if state == RunState.RUNNING:
-        raise RunError(f"{path}: the run must not be running to be resumed; stop it with: distrl stop {path}")
+        raise RefusedError(f"{path}: the run must not be running to be resumed; stop it with: distrl stop {path}")
     if state == RunState.FINISHED:
-        raise RunError(f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one")
+        raise RefusedError(
+            f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
+        )
     ledger = Ledger(run_dir.ledger)
     try:
         checkpoint = ledger.last_checkpoint()
     finally:
         ledger.close()
     if checkpoint is None:
-        raise RunError(f"{path}: the run must have a checkpoint to be resumed, it ended before the first; start anew")
+        raise RefusedError(
+            f"{path}: the run must have a checkpoint to be resumed, it ended before the first; start anew"
+        )
     return load_config(run_dir.config), run_dir, Path(checkpoint.path)
 
 
@@ -62,7 +66,7 @@ def resume_training(path: Path, progress: Progress | None = None) -> dict[str, A
     """Goes on with a run that was stopped, from its last checkpoint; see `run_training`.
 
     Raises:
-        RunError: it cannot be resumed (see `resumable`), or it failed.
+        RefusedError: it cannot be resumed (see `resumable`). RunError: it failed.
     """
     config, run_dir, checkpoint = resumable(path)
     return _run(config, check_run(config), run_dir, checkpoint, progress or Silent())

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from deploy.run_dir import FORMAT, RunDir, write_json
-from distrl.errors import RunError
+from distrl.errors import RefusedError, RunError
 
 
 class RunState(StrEnum):
@@ -27,10 +27,10 @@ def claim(run_dir: RunDir) -> None:
     """Marks the run as running in this process.
 
     Raises:
-        RunError: another process runs it.
+        RefusedError: another process runs it.
     """
     if run_dir.run_json.exists() and read_state(run_dir) == RunState.RUNNING:
-        raise RunError(f"{run_dir.path}: the run must not be running, process {_read(run_dir)['pid']} runs it")
+        raise RefusedError(f"{run_dir.path}: the run must not be running, process {_read(run_dir)['pid']} runs it")
     run_dir.stop_request.unlink(missing_ok=True)
     process = {"pid": os.getpid(), "process_started": _process_start(os.getpid()), "started_s": time.time()}
     write_json(run_dir.run_json, {"format": FORMAT, "name": run_dir.path.name, **process, "state": RunState.RUNNING})

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrl.errors import ConfigError
+from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams
 from distrl.staleness import Admission
 from distrl.tasks.config import DataConfig
@@ -245,15 +246,23 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Con
     for override in overrides:
         _apply(merged, override)
     _make_absolute(merged.get("data"), ("path", "heldout_path"))
+    if masked := list(masked_keys(merged)):
+        raise ConfigError("\n".join(f"{name} {_MASKED} {name}=..., or put it back" for name in masked))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
 
 
+_MASKED = f"must be the secret itself, got the mask {MASK!r} that stands for it in a run's config.yaml; pass"
+
+
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML: every key with the value that the run uses."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved config as YAML: every key with the value that the run uses, secrets masked.
+
+    `make_config` refuses a config with a masked value: the run would use the mask.
+    """
+    return yaml.safe_dump(mask(config.model_dump(mode="json")), sort_keys=False)
 
 
 def _make_absolute(section: Any, keys: Iterable[str]) -> None:
@@ -295,6 +304,8 @@ def _explain(error: Any) -> str:
             return f"{name} is required and has no default; add it to the config or pass {name}=..."
         case "value_error":
             return str(error["ctx"]["error"])  # our validators name their keys themselves
+        case _ if value is None:
+            return f"{name} must not be empty; fill it in or pass {name}=..."
         case _:
             # "Input should be ...", "String should match ...", "Input is not a valid path ..."
             _, should, rule = error["msg"].partition(" should ")

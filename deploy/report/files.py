@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from deploy.run_dir import FORMAT, RunDir
+from deploy.run_dir import FORMAT, RunDir, find_run
 from distrl.errors import LedgerError, RunError
 from distrl.ledger import FORMAT as LEDGER_FORMAT
 from distrl.staleness import Version
@@ -85,15 +85,9 @@ def open_run(path: Path) -> tuple[RunDir, Record]:
     """The run directory at `path` and its run.json.
 
     Raises:
-        RunError: there is none, or a newer distrl wrote it.
+        RefusedError: there is none. RunError: a newer distrl wrote it.
     """
-    run_dir = RunDir(path.absolute())
-    if not path.exists():
-        raise RunError(f"RUN: {path} must be a run directory, it does not exist; {_runs_near(path.parent)}")
-    if not path.is_dir():
-        raise RunError(f"RUN: {path} must be a run directory, it is a file; {_runs_near(path.parent)}")
-    if not run_dir.run_json.is_file():
-        raise RunError(f"RUN: {path} must be a run directory, it has no run.json; {_runs_near(path)}")
+    run_dir = find_run(path)
     run = read_json(run_dir.run_json)
     if run.get("format", 0) > FORMAT:
         raise RunError(
@@ -101,13 +95,6 @@ def open_run(path: Path) -> tuple[RunDir, Record]:
             "use the distrl that wrote it"
         )
     return run_dir, run
-
-
-def _runs_near(folder: Path) -> str:
-    runs = sorted(folder.glob("*/run.json"), key=lambda p: (p.stat().st_mtime, p)) if folder.is_dir() else []
-    if not runs:
-        return "give the folder that `distrl train` made, such as runs/NAME"
-    return f"did you mean {runs[-1].parent}?"
 
 
 def read_json(path: Path) -> Record:

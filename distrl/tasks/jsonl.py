@@ -37,6 +37,18 @@ def load_jsonl(config: DataConfig) -> Task:
     )
 
 
+def read_problems(setting: str, path: str, config: DataConfig) -> tuple[Problem, ...]:
+    """The distinct problems of one file, in its order, with the keys of `config`.
+
+    Args:
+        setting: where the path was set, for messages.
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or has a line that is broken.
+    """
+    numbered = _read(setting, path, config.prompt_key or "prompt", config.answer_key or "answer")
+    return tuple({problem.prompt_id: problem for _, problem in numbered}.values())
+
+
 def _read(setting: str, path: str, prompt_key: str, answer_key: str) -> Numbered:
     problems: Numbered = []
     try:

@@ -14,7 +14,7 @@ from deploy.interrupt import stop_on_interrupt
 from deploy.run import resumable
 from deploy.run_dir import RunDir, write_json
 from deploy.run_state import RunState, claim, read_state, write_state
-from distrl.errors import DeadlineError, RunError
+from distrl.errors import DeadlineError, RefusedError, RunError
 from distrl.ledger import Ledger
 
 
@@ -49,7 +49,7 @@ def test_a_process_id_that_was_used_again_is_not_the_run(run_dir: RunDir) -> Non
 
 def test_a_run_that_is_running_is_not_claimed_twice(run_dir: RunDir) -> None:
     claim(run_dir)
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RefusedError) as error:
         claim(run_dir)
     assert str(error.value) == f"{run_dir.path}: the run must not be running, process {os.getpid()} runs it"
 
@@ -78,17 +78,17 @@ def test_a_run_that_does_not_end_in_time_is_said(run_dir: RunDir) -> None:
 def test_only_a_running_run_can_be_stopped(run_dir: RunDir) -> None:
     claim(run_dir)
     write_state(run_dir, RunState.FINISHED)
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RefusedError) as error:
         control.stop_run(run_dir.path, timeout_s=1)
     assert str(error.value) == f"{run_dir.path}: the run must be running to be stopped, it is finished"
 
 
 def test_a_directory_that_is_no_run_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RefusedError) as error:
         control.run_status(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: must be the directory of a run, with a readable run.json ([Errno 2] No such file or directory: "
-        f"'{tmp_path}/run.json'); runs lie in run.dir"
+        f"RUN: {tmp_path} must be a run directory, it has no run.json; give the folder that `distrl train` made, such "
+        "as runs/NAME"
     )
 
 
@@ -113,7 +113,7 @@ def test_a_run_that_cannot_go_on_is_refused(run_dir: RunDir, state: RunState, me
     claim(run_dir)
     write_state(run_dir, state)
     Ledger(run_dir.ledger).close()
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RefusedError) as error:
         resumable(run_dir.path)
     assert str(error.value) == f"{run_dir.path}: " + message.format(run_dir.path)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from deploy.cli import EXIT_FAILED, main
+from deploy.cli import main
+from deploy.exit_codes import EXIT_REFUSED
 from deploy.report.data import read_run
 from deploy.report.page import render
 from deploy.report.write import write_report
-from distrl.errors import LedgerError, RunError
+from distrl.errors import LedgerError, RefusedError, RunError
 from tests.builders import refusal
 from tests.report.runs import MadeRun, empty_run, fail, finish, make_run
 
@@ -97,19 +98,19 @@ def test_what_is_no_run_is_refused_with_the_run_nearby(tmp_path: Path) -> None:
     give = "give the folder that `distrl train` made, such as runs/NAME"
     path = tmp_path / "nothing"
     message = f"RUN: {path} must be a run directory, it does not exist; {give}"
-    assert refusal(RunError, lambda: write_report(path)) == message
+    assert refusal(RefusedError, lambda: write_report(path)) == message
 
     path.mkdir()
     message = f"RUN: {path} must be a run directory, it has no run.json; {give}"
-    assert refusal(RunError, lambda: write_report(path)) == message
+    assert refusal(RefusedError, lambda: write_report(path)) == message
 
     made = empty_run(tmp_path)
     file = tmp_path / "file"
     file.touch()
     message = f"RUN: {file} must be a run directory, it is a file; did you mean {made.dir.path}?"
-    assert refusal(RunError, lambda: write_report(file)) == message
+    assert refusal(RefusedError, lambda: write_report(file)) == message
     message = f"RUN: {tmp_path} must be a run directory, it has no run.json; did you mean {made.dir.path}?"
-    assert refusal(RunError, lambda: write_report(tmp_path)) == message
+    assert refusal(RefusedError, lambda: write_report(tmp_path)) == message
 
 
 def test_a_newer_run_or_ledger_is_refused(made: MadeRun) -> None:
@@ -191,12 +192,12 @@ def test_the_command_s_json_has_paths_and_headline_numbers(
     assert (headline["max_staleness"], headline["tickets_issued"], headline["tickets_dropped"]) == (1, 15, 3)
 
 
-def test_the_command_fails_on_what_is_no_run(
+def test_the_command_refuses_what_is_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = call(monkeypatch, capsys, str(tmp_path / "no"))
-    assert (code, out) == (EXIT_FAILED, "")
+    assert (code, out) == (EXIT_REFUSED, "")
     assert err == (
-        f"RunError: RUN: {tmp_path}/no must be a run directory, it does not exist; "
+        f"RefusedError: RUN: {tmp_path}/no must be a run directory, it does not exist; "
         "give the folder that `distrl train` made, such as runs/NAME\n"
     )
