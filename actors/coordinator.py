@@ -233,6 +233,7 @@ class Coordinator:
             role=Role.POLICY,
             group_size=self._settings.group_size,
             stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            messages=problem.messages,
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
 

@@ -101,6 +101,7 @@ class Evaluator:
             role=Role.EVALUATION,
             group_size=1,
             stream=(self._seed, int(Purpose.EVALUATION), index, 0),
+            messages=problem.messages,
         )
         flight = Flight(ticket, problem, oldest_step=0, issued_s=self._clock())
         receipt = await self._pipeline.sample(flight, None, fits)

@@ -13,6 +13,7 @@ from distrl.manifest import unpack
 from distrl.messages import Chunk, GenerationReceipt, LoadReceipt, Manifest
 from distrl.sampling import Engine, Sample, SampleRequest, SamplingParams
 from distrl.schema import Stage, record_batch
+from distrl.tasks.problem import Message
 from distrl.tickets import Ticket
 
 Fetch = Callable[[int], Awaitable[tuple[Manifest, list[Chunk]]]]
@@ -22,7 +23,10 @@ Fetch = Callable[[int], Awaitable[tuple[Manifest, list[Chunk]]]]
 class Text(Protocol):
     """The part of a tokenizer that generation needs."""
 
-    def encode(self, text: str) -> tuple[int, ...]: ...
+    def encode(self, prompt: str, messages: Sequence[Message], /) -> tuple[int, ...]:
+        """Tokens of a prompt, or of its conversation where `messages` has one."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
@@ -60,7 +64,7 @@ class Generation:
             StageError: the engine cannot sample the prompt. SchemaError: it answered something impossible.
         """
         started_s = self._clock()
-        prompt = self._text.encode(ticket.prompt)
+        prompt = self._text.encode(ticket.prompt, ticket.messages)
         name = f"{ticket.role[0]}{ticket.ticket_id}.{ticket.redraw}"
         request = SampleRequest(name, prompt, ticket.group_size, self._params, ticket.stream)
         samples = await self._engine.sample(request)

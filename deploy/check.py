@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from distrl.config import Config
 from distrl.errors import ConfigError
-from distrl.models import load_tokenizer
+from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
-from distrl.rewards import make_grader
+from distrl.prompts import Lengths, PromptEncoder, check_lengths
+from distrl.rewards import check_columns, make_grader
 from distrl.tasks import Task, load_task
 
 PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
@@ -22,6 +23,10 @@ class RunPlan:
     recipe: Recipe
     train_problems: int
     heldout_problems: int
+    left_out: frozenset[str]
+    """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
+    longest_prompt: int
+    """Tokens."""
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -39,10 +44,10 @@ def check_run(config: Config) -> RunPlan:
     Raises:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
-    load_tokenizer(config.model.path)
-    task = load_task(config.data)
-    grader = config.reward.grader or task.default_reward
-    make_grader(grader)
+    whole = load_task(config.data)
+    lengths = _check_model_and_prompts(config, whole)
+    task = whole.without(lengths.left_out)
+    grader = _check_grader(config, task)
     recipe = build_recipe(config)
     # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
     lowest_reward = None if ":" in grader else 0.0
@@ -55,7 +60,38 @@ def check_run(config: Config) -> RunPlan:
             f"{str(config.reference.path)!r}; nothing reads the reference model: remove it, or set "
             "objective.options.kl_coefficient"
         )
-    return RunPlan(grader, scores_reference, recipe, len(task.train), len(task.heldout))
+    if config.reference.path is not None:
+        check_model(config.reference.path, setting="reference.path")
+    return RunPlan(
+        grader, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
+    )
+
+
+def _check_model_and_prompts(config: Config, task: Task) -> Lengths:
+    context_length = check_model(config.model.path)
+    encoder = PromptEncoder(load_tokenizer(config.model.path))
+    if config.data.chat_template == "model":
+        encoder.check_template()
+    return check_lengths(
+        task,
+        encoder,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
+        context_length=context_length,
+    )
+
+
+def _check_grader(config: Config, task: Task) -> str:
+    """Name of the run's grader."""
+    grader = config.reward.grader or task.default_reward
+    if config.data.answer_key == "" and ":" not in grader:
+        raise ConfigError(
+            f"reward.grader must be a function of your own where data.answer_key is '' and there are no answers, got "
+            f"{grader!r}; set it to module:function, or name the column of the answers in data.answer_key"
+        )
+    make_grader(grader)
+    check_columns(grader, task.heldout[0])
+    return grader
 
 
 def check_heldout(config: Config, task: Task) -> None:
@@ -86,11 +122,17 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         if plan.scores_reference
         else "no reference model: the objective does not read one"
     )
+    left_out = (
+        f"; {len(plan.left_out)} prompts longer than {c.data.max_prompt_tokens} tokens are left out"
+        if c.data.max_prompt_tokens is not None
+        else ""
+    )
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "
         f"({c.train.tickets_per_step} prompts x {c.rollout.group_size})",
-        f"data      {c.data.source}: {plan.train_problems} training and {plan.heldout_problems} held-out problems",
+        f"data      {c.data.source}: {plan.train_problems} training and {plan.heldout_problems} held-out problems"
+        + left_out,
         f"objective {plan.recipe.name} ({options}); {plan.recipe.source}",
         f"staleness {age}",
         f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "

@@ -52,7 +52,8 @@ class RewardConfig(_Section):
     """How a response is graded."""
 
     grader: str | None = None
-    """`exact`, `numeric`, `reasoning_gym` or `module:function`; empty takes the one that fits the data source."""
+    """`exact`, `numeric`, `math_verify`, `reasoning_gym` or `module:function`, a function of the form
+    (response, answer, metadata) or a reward function of TRL; empty takes the one that fits the data source."""
 
 
 class RolloutConfig(_Section):

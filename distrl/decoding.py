@@ -18,7 +18,7 @@ _SEQUENCES = 256  # Most that are decoded together; bounds the memory of the key
 def sample_texts(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     noise: NDArray[np.float64],
     *,
     temperature: float = 1.0,
@@ -26,6 +26,7 @@ def sample_texts(
     """One response per prompt.
 
     Args:
+        prompts: texts, or token ids.
         noise: [prompts, T] uniform in [0, 1); T is the most tokens of a response, end-of-sequence included. Row p
             decides prompt p's response, whatever the other prompts are.
         temperature: divides the logits, >= 0; 0 takes the most likely token.
@@ -33,7 +34,7 @@ def sample_texts(
         The text of each response without special tokens, in the order of the prompts.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
-    token_ids = [tokenizer.encode(prompt) for prompt in prompts]
+    token_ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     for index, ids in enumerate(token_ids):
         by_length[len(ids)].append(index)
     texts = [""] * len(prompts)

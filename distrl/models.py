@@ -132,6 +132,34 @@ def load_model(directory: Path | str, dtype: "torch.dtype", *, setting: str = "m
     return model
 
 
+def check_model(directory: Path | str, *, setting: str = "model.path") -> int:
+    """Looks at a model directory without loading its weights.
+
+    Returns:
+        The model's context: the longest prompt plus response, in tokens.
+    Raises:
+        DataError: the directory is missing, has no weights, or its config names no context.
+    """
+    path = _model_directory(directory, setting)
+    _check_holds(path, "weights", _WEIGHTS, setting)
+
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{setting} must hold a config that transformers can load, got {str(path)!r}: {_first_line(error)}"
+        ) from error
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise DataError(
+            f"{setting} must have a config with max_position_embeddings, the model's context in tokens, got "
+            f"{str(path)!r} with {length!r}; add it to config.json"
+        )
+    return length
+
+
 def load_tokenizer(directory: Path | str, *, setting: str = "model.path") -> "PreTrainedTokenizerBase":
     """The tokenizer of a local model directory.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from distrl.errors import LedgerError
+from distrl.tasks.problem import Message
 
 
 class TicketState(StrEnum):
@@ -66,6 +67,8 @@ class Ticket:
     """Responses to sample."""
     stream: tuple[int, ...]
     """Names the ticket's sampling noise (`distrl.seeding`)."""
+    messages: tuple[Message, ...] = ()
+    """The conversation, where the prompt is one; generation applies the model's chat template to it."""
 
     def rollout_id(self, group_index: int) -> str:
         return f"{self.role[0]}{self.ticket_id}.{self.redraw}.{group_index}"

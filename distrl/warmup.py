@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from distrl.decoding import sample_texts
 from distrl.errors import DataError
 from distrl.models import TinyArchitecture, load_model, load_tokenizer, make_tiny_model, save_model
+from distrl.prompts import PromptEncoder
 from distrl.rewards import make_grader
 from distrl.seeding import Purpose, generator, sampling_noise
 from distrl.tasks import DataConfig, Problem, Task, load_task
@@ -206,8 +207,8 @@ def _answer_nll(
     """Negative log-likelihood [B, T] of the answers' tokens and ends, 0 elsewhere; and the targets [B, T]."""
     rows, starts = [], []
     for problem in problems:
-        prompt = _encode(tokenizer, problem.prompt, special=True)
-        rows.append([*prompt, *_encode(tokenizer, problem.answer, special=False), int(tokenizer.eos_token_id)])
+        prompt = _encode_prompt(tokenizer, problem)
+        rows.append([*prompt, *_encode_answer(tokenizer, problem), int(tokenizer.eos_token_id)])
         starts.append(len(prompt))
     width = max(map(len, rows))
     # Attention is causal: padding on the right is seen by no answer, whatever its token.
@@ -220,9 +221,20 @@ def _answer_nll(
     return nll_BT, targets_BT
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
+def _encode_prompt(tokenizer: "PreTrainedTokenizerBase", problem: Problem) -> tuple[int, ...]:
+    with _naming(problem.prompt):
+        return PromptEncoder(tokenizer).encode(problem.prompt, problem.messages)
+
+
+def _encode_answer(tokenizer: "PreTrainedTokenizerBase", problem: Problem) -> list[int]:
+    with _naming(problem.answer):
+        return list(tokenizer.encode(problem.answer, add_special_tokens=False))
+
+
+@contextmanager
+def _naming(text: str) -> Iterator[None]:
     try:
-        return list(tokenizer.encode(text, add_special_tokens=special))
+        yield
     except Exception as error:
         raise DataError(
             f"tokenizer must be able to encode every problem, got {text!r}: {error}; "
@@ -246,9 +258,9 @@ def _sampled_accuracy(
     grader: str,
     seed: int,
 ) -> float:
-    longest = max(len(_encode(tokenizer, p.answer, special=False)) for p in problems) + 1
+    longest = max(len(_encode_answer(tokenizer, p)) for p in problems) + 1
     noise = sampling_noise((seed, int(Purpose.WARMUP), 1), len(problems), longest)
-    texts = sample_texts(model, tokenizer, [p.prompt for p in problems], noise)
+    texts = sample_texts(model, tokenizer, [_encode_prompt(tokenizer, p) for p in problems], noise)
     grades = make_grader(grader)(problems, texts)
     return sum(grade.verdict == "correct" for grade in grades) / len(grades)
 

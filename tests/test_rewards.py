@@ -127,8 +127,16 @@ def returns_no_number(response: str, answer: str, metadata: Mapping[str, object]
     return Grade("1", verdict="correct")  # type: ignore[arg-type]
 
 
-def returns_float(response: str, answer: str, metadata: Mapping[str, object]) -> Any:
-    return 1.0
+def returns_text(response: str, answer: str, metadata: Mapping[str, object]) -> Any:
+    return "1.0"
+
+
+def returns_nan_float(response: str, answer: str, metadata: Mapping[str, object]) -> float:
+    return math.nan
+
+
+def returns_nothing(response: str, answer: str, metadata: Mapping[str, object]) -> Any:
+    return None
 
 
 def returns_unknown_verdict(response: str, answer: str, metadata: Mapping[str, object]) -> Any:
@@ -144,10 +152,16 @@ FAILURES = [
     ("returns_nan", "reward must be a finite number, got nan"),
     ("returns_infinite_component", "style must be a finite number, got inf"),
     ("returns_no_number", "reward must be a finite number, got '1'"),
-    ("returns_float", "it must return a Grade, got 1.0"),
+    ("returns_text", "it must give a Grade or a number, got '1.0'"),
+    ("returns_nan_float", "reward must be a finite number, got nan"),
+    ("returns_nothing", "it must give a Grade or a number, got None"),
     ("returns_unknown_verdict", "verdict must be one of correct, wrong, failed, got 'right'"),
     ("gives_up", "the sandbox is full"),
 ]
+
+
+def half(response: str, answer: str, metadata: Mapping[str, object]) -> float:
+    return len(response) / len(answer)
 
 
 @pytest.fixture
@@ -159,6 +173,7 @@ def graders(monkeypatch: pytest.MonkeyPatch) -> str:
     module = ModuleType("graders_of_a_user")
     for name, _ in FAILURES:
         setattr(module, name, globals()[name])
+    module.half = half  # type: ignore[attr-defined]
     module.exact = exact  # type: ignore[attr-defined]
     module.number = 5  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -178,11 +193,17 @@ def test_a_users_function_is_a_grader(graders: str) -> None:
     assert make_grader(f"{graders}:exact")([_problem()], ["5"]) == [Grade(1.0, {"exact": 1.0}, "correct")]
 
 
+def test_a_bare_reward_is_correct_from_one_on(graders: str) -> None:
+    grades = make_grader(f"{graders}:half")([_problem("22")] * 4, ["", "2", "22", "222"])
+    assert [(g.reward, g.verdict) for g in grades] == [(0, "wrong"), (0.5, "wrong"), (1, "correct"), (1.5, "correct")]
+    assert grades[1].components == {"half": 0.5}
+
+
 def test_unknown_grader_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError) as error:
         make_grader("exakt")
     assert str(error.value) == (
-        "reward.grader must be one of exact, numeric, reasoning_gym or module:function, got 'exakt'; "
+        "reward.grader must be one of exact, numeric, math_verify, reasoning_gym or module:function, got 'exakt'; "
         "name the function as my_package.my_module:my_grader"
     )
 

@@ -10,8 +10,13 @@ def build_engine(config: Config, tokenizer: Any) -> Engine:
     """The engine that `generation.engine` names, with the weights in `model.path` as policy version 0."""
     if config.generation.engine == "fake":
         from actors.engines.fake import FakeEngine
+        from distrl.models import check_model
 
-        return FakeEngine(vocabulary_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        return FakeEngine(
+            vocabulary_size=len(tokenizer),
+            context_length=check_model(config.model.path),
+            eos_token_id=tokenizer.eos_token_id,
+        )
 
     import torch
 

@@ -15,10 +15,20 @@ from distrl.tasks import load_task, prompt_index
 
 
 class CoordinatorActor(Coordinator):
-    """`Coordinator` over the handles of the other actors."""
+    """`Coordinator` over the handles of the other actors.
 
-    def __init__(self, config: Config, run_dir: RunDir, handles: dict[str, list[Any]]) -> None:
-        task = load_task(config.data)
+    Args:
+        left_out: ids of the prompts that the driver found to be too long; it has the tokenizer, this process has not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        handles: dict[str, list[Any]],
+        left_out: frozenset[str] = frozenset(),
+    ) -> None:
+        task = load_task(config.data).without(left_out)
         seed, size = config.run.seed, len(task.train)
         heldout = task.heldout[: config.evaluation.problems]
         prompts = Prompts(

@@ -12,6 +12,8 @@ from actors.generation import Generation
 from distrl.config import Config
 from distrl.messages import Chunk, Manifest
 from distrl.models import load_tokenizer
+from distrl.prompts import PromptEncoder
+from distrl.tasks.problem import Message
 
 
 class GenerationActor(Generation):
@@ -35,13 +37,18 @@ class GenerationActor(Generation):
 
 
 class ModelText:
-    """Text to tokens and back with a Hugging Face tokenizer; special tokens are not text."""
+    """Prompts to tokens and tokens to text with a Hugging Face tokenizer; special tokens are not text.
+
+    The chat template is applied here: coordinator and graders have no tokenizer, and the conversation that they have
+    is what a grader wants to see.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._prompts = PromptEncoder(tokenizer)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text))
+    def encode(self, prompt: str, messages: Sequence[Message] = ()) -> tuple[int, ...]:
+        return self._prompts.encode(prompt, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))

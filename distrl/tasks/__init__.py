@@ -8,7 +8,7 @@ Needs no torch: importing it costs the coordinator and the graders nothing.
 
 from distrl.tasks.config import DataConfig
 from distrl.tasks.order import prompt_index
-from distrl.tasks.problem import Dataset, Problem, Task
+from distrl.tasks.problem import Dataset, Message, Problem, Task
 from distrl.tasks.registry import load_task
 
-__all__ = ["DataConfig", "Dataset", "Problem", "Task", "load_task", "prompt_index"]
+__all__ = ["DataConfig", "Dataset", "Message", "Problem", "Task", "load_task", "prompt_index"]

@@ -26,7 +26,7 @@ from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
 from distrl.rewards import Grade, Grader
 from distrl.sampling import SampleRequest, SamplingParams
 from distrl.staleness import Admission
-from distrl.tasks import Problem
+from distrl.tasks import Message, Problem
 from distrl.tickets import Ticket
 
 GROUP_SIZE = 2
@@ -36,8 +36,8 @@ PARAMS = SamplingParams(max_new_tokens=4)
 class Digits:
     """Tokens 1 to 10 are the digits; 0 ends a response."""
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(int(c) + 1 for c in text)
+    def encode(self, prompt: str, messages: Sequence[Message] = ()) -> tuple[int, ...]:
+        return tuple(int(c) + 1 for c in (messages[-1].content if messages else prompt))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(str(i - 1) for i in token_ids if 0 < i <= 10)

@@ -69,11 +69,38 @@ def test_sizes_take_the_first_problems(tmp_path: Path) -> None:
     assert (train, heldout) == (["0 + 0 =", "1 + 1 ="], ["5 + 5 ="])
 
 
-def test_keys_are_configurable_and_other_keys_are_ignored(tmp_path: Path) -> None:
+def test_keys_are_configurable_and_other_keys_travel_as_metadata(tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "solution": row["answer"], "answer": 5} for row in _rows(0, 5)]
     heldout = _write(tmp_path / "b", {"question": "5 + 5 =", "solution": "10"})
     task = _load(_write(tmp_path / "a", *rows), heldout_path=heldout, prompt_key="question", answer_key="solution")
     assert (task.train[3].prompt, task.train[3].answer) == ("3 + 3 =", "6")
+    assert task.train[3].metadata == {"solution": "6", "answer": 5}
+    assert task.heldout[0].metadata == {"solution": "10"}
+
+
+def test_columns_choose_the_metadata(tmp_path: Path) -> None:
+    rows = [{**row, "level": n, "tags": ["a"]} for n, row in enumerate(_rows(0, 20))]
+    path = _write(tmp_path / "a", *rows)
+    assert _load(path, columns=["level"]).train[0].metadata.keys() == {"level"}
+    assert _load(path, columns=[]).train[0].metadata == {}
+    assert _load(path).train[0].metadata == {"level": 0, "tags": ["a"]}
+    assert _refused(path, columns=["lvl"]) == (
+        f"data.path {path!r} line 1 must have the key 'lvl', got the keys 'prompt', 'answer', 'level', 'tags'; mend "
+        "data.columns"
+    )
+
+
+def test_rows_that_differ_in_metadata_alone_are_different_problems(tmp_path: Path) -> None:
+    # Grading looks problems up by their id: two of one id would be graded with one's metadata.
+    row = _rows(0, 1)[0]
+    rows = [{**row, "style": style} for style in ("long", "short")]
+    task = _load(_write(tmp_path / "a", *rows), heldout_path=_write(tmp_path / "b", *_rows(5, 6)))
+    assert task.train[0].prompt_id != task.train[1].prompt_id
+
+
+def test_without_an_answer_key_there_are_no_answers(tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"]} for row in _rows(0, 20)]
+    assert {p.answer for p in _load(_write(tmp_path / "a", *rows), answer_key="").heldout} == {""}
 
 
 def test_blank_lines_repeated_held_out_lines_and_a_byte_order_mark_are_accepted(tmp_path: Path) -> None:
