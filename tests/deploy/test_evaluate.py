@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from distrl.errors import ConfigError, DataError, StageError
 from distrl.models import TinyArchitecture, load_tokenizer, make_tiny_model
 from distrl.passk import accuracy, mean_pass_at_k
 from distrl.rewards import Grade, make_grader
-from distrl.sampling import SampleRequest
+from distrl.sampling import Sample, SampleRequest
 from distrl.seeding import Purpose
 from distrl.tasks import Problem, load_task
 from distrl.tasks.sort_digits import ALPHABET
@@ -78,30 +79,31 @@ def measure(config: Config, *more: str, samples: int = 1, ks: Sequence[int] = ()
     return evaluate.evaluate_model(config, more, samples, ks, lambda *_: None)
 
 
-def responses(config: Config, samples: int) -> list[list[str]]:
-    """The texts of every held-out problem, straight from the engine, one problem after the other."""
+def responses(config: Config, samples: int) -> list[list[Sample]]:
+    """What is sampled for every held-out problem, straight from the engine, one problem after the other."""
     tokenizer = load_tokenizer(config.model.path)
     engine = build_engine(config, tokenizer)
     problems = load_task(config.data).heldout[: config.evaluation.problems]
 
-    async def sample() -> list[list[str]]:
-        texts = []
+    async def sample() -> list[list[Sample]]:
+        found = []
         for index, problem in enumerate(problems):
             stream = (config.run.seed, int(Purpose.EVALUATION), index, 0)
             prompt = tuple(tokenizer.encode(problem.prompt))
-            found = await engine.sample(SampleRequest("r", prompt, samples, config.sampling, stream))
-            texts.append([tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in found])
+            found.append(await engine.sample(SampleRequest("r", prompt, samples, config.sampling, stream)))
         await engine.close()
-        return texts
+        return found
 
-    found: list[list[str]] = run(sample())
-    return found
+    sampled: list[list[Sample]] = run(sample())
+    return sampled
 
 
 def test_the_numbers_are_those_of_the_responses_that_a_run_would_sample(config: Path, model: Path) -> None:
     loaded = load(config, model)
     (found,) = measure(loaded, samples=4)["sets"]
-    correct = [sum(any(d in text for d in "012") for text in texts) for texts in responses(loaded, 4)]
+    sampled = responses(loaded, 4)
+    decode = load_tokenizer(model).decode
+    correct = [sum(any(d in str(decode(s.token_ids)) for d in "012") for s in group) for group in sampled]
     assert 0 < sum(correct) < 4 * PROBLEMS, "the test would tell nothing"
     assert (found["name"], found["problems"], found["responses"], found["failed"]) == ("heldout", 12, 48, 0)
     expected = accuracy(4, correct)
@@ -111,11 +113,15 @@ def test_the_numbers_are_those_of_the_responses_that_a_run_would_sample(config: 
         by_hand = mean_pass_at_k(4, correct, int(k), seed=0)
         assert estimate == {"value": by_hand.value, "low": by_hand.low, "high": by_hand.high}
     assert found["reward_mean"] == pytest.approx(expected.value)
+    flat = [sample for group in sampled for sample in group]
+    assert found["response_tokens_mean"] == sum(len(sample.token_ids) for sample in flat) / len(flat)
+    assert 0 < found["cut_share"] == sum(sample.finish_reason == "length" for sample in flat) / len(flat) < 1
+    assert [thread.name for thread in threading.enumerate() if thread.name == "distrl-decode"] == []
 
 
 def test_more_responses_keep_those_that_were_there(config: Path, model: Path) -> None:
     loaded = load(config, model)
-    assert [texts[:1] for texts in responses(loaded, 4)] == responses(loaded, 1)
+    assert [group[:1] for group in responses(loaded, 4)] == responses(loaded, 1)
 
 
 def test_nothing_of_ray_is_started_and_no_run_is_made(config: Path, model: Path) -> None:
@@ -132,6 +138,8 @@ def test_further_sets_are_measured_beside_the_configs_own(config: Path, model: P
     described = [(one["name"], one["problems"], one["responses"], one["grader"]) for one in found["sets"]]
     # A repeated line is one problem.
     assert described == [("heldout", 12, 24, "exact"), ("two", 2, 4, "exact"), ("one", 1, 2, "exact")]
+    graders = [one["grader"] for one in measure(load(config, model), "one=one.jsonl")["sets"]]
+    assert graders == [f"{__name__}:has_a_low_digit"] * 2
 
 
 def test_a_problem_that_cannot_be_judged_counts_neither_way(config: Path, model: Path) -> None:
@@ -233,7 +241,19 @@ def test_what_cannot_be_measured_is_refused(
 def test_the_command_prints_numbers_on_one_stream_and_progress_on_the_other(
     config: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("eval", str(model), str(config), "run.seed=3", "--samples", "4", "--k", "4", "--k", "1")
+    arguments = (
+        "eval",
+        str(model),
+        str(config),
+        "run.seed=3",
+        "model.path=another",
+        "--samples",
+        "4",
+        "--k",
+        "4",
+        "--k",
+        "1",
+    )
     assert call(monkeypatch, *arguments, "--json") == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
