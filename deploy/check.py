@@ -45,7 +45,7 @@ def check_run(config: Config) -> RunPlan:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
     whole = load_task(config.data)
-    lengths = _check_model_and_prompts(config, whole)
+    lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
     grader = _check_grader(config, task)
     recipe = build_recipe(config)
@@ -67,7 +67,12 @@ def check_run(config: Config) -> RunPlan:
     )
 
 
-def _check_model_and_prompts(config: Config, task: Task) -> Lengths:
+def measure_prompts(config: Config, task: Task) -> Lengths:
+    """Which prompts are left out, and how long the longest other is, by the model's own tokenizer.
+
+    Raises:
+        ConfigError, DataError: the model cannot be used, or a prompt does not fit into its context.
+    """
     context_length = check_model(config.model.path)
     encoder = PromptEncoder(load_tokenizer(config.model.path))
     if config.data.chat_template == "model":

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from actors.engines.build import build_engine
 from actors.engines.request_rules import check_request
-from deploy.check import check_heldout
+from deploy.check import check_heldout, measure_prompts
 from distrl.config import Config
 from distrl.errors import ConfigError, StageError
 from distrl.models import load_tokenizer
@@ -22,6 +22,7 @@ from distrl.sampling import Engine, SampleRequest
 from distrl.seeding import Purpose
 from distrl.tasks import Problem, load_task
 from distrl.tasks.jsonl import read_problems
+from distrl.tasks.problem import Message
 
 OWN = "heldout"
 """Name of the config's own held-out set."""
@@ -33,7 +34,7 @@ Advance = Callable[[str, int, int], None]
 class Text(Protocol):
     """Text to tokens and back."""
 
-    def encode(self, text: str) -> tuple[int, ...]: ...
+    def encode(self, prompt: str, messages: Sequence[Message], /) -> tuple[int, ...]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
@@ -123,7 +124,8 @@ def heldout_sets(config: Config, more: Sequence[str]) -> list[HeldOut]:
     Raises:
         ConfigError, DataError: a set is not well named, or cannot be read.
     """
-    task = load_task(config.data)
+    whole = load_task(config.data)
+    task = whole.without(measure_prompts(config, whole).left_out)
     check_heldout(config, task)
     own = task.heldout[: config.evaluation.problems]
     sets = [HeldOut(OWN, own, config.reward.grader or task.default_reward)]
@@ -163,7 +165,7 @@ class Sampler:
             StageError: the prompt cannot be tokenized, or the engine could not sample it.
         """
         try:
-            prompt = self._text.encode(problem.prompt)
+            prompt = self._text.encode(problem.prompt, problem.messages)
         except Exception as error:
             raise StageError(f"prompt {problem.prompt_id} cannot be tokenized: {error}") from error
         stream = (self._config.run.seed, int(Purpose.EVALUATION), index, 0)

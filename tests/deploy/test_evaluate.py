@@ -176,7 +176,7 @@ def test_an_engine_that_stops_ends_the_evaluation(config: Path, model: Path) -> 
     engine = FakeEngine(fail=lambda _: StageError("generation engine: stopped by RuntimeError: out of memory"))
 
     class Words:
-        def encode(self, text: str) -> tuple[int, ...]:
+        def encode(self, text: str, messages: object) -> tuple[int, ...]:
             return (1,)
 
         def decode(self, token_ids: Sequence[int]) -> str:
