@@ -67,14 +67,16 @@ def check_run(config: Config) -> RunPlan:
     )
 
 
-def measure_prompts(config: Config, task: Task) -> Lengths:
+def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
     """Which prompts are left out, and how long the longest other is, by the model's own tokenizer.
 
+    Args:
+        setting: where the model's directory was set, for messages.
     Raises:
         ConfigError, DataError: the model cannot be used, or a prompt does not fit into its context.
     """
-    context_length = check_model(config.model.path)
-    encoder = PromptEncoder(load_tokenizer(config.model.path))
+    context_length = check_model(config.model.path, setting=setting)
+    encoder = PromptEncoder(load_tokenizer(config.model.path, setting=setting))
     if config.data.chat_template == "model":
         encoder.check_template()
     return check_lengths(

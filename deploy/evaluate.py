@@ -125,7 +125,7 @@ def heldout_sets(config: Config, more: Sequence[str]) -> list[HeldOut]:
         ConfigError, DataError: a set is not well named, or cannot be read.
     """
     whole = load_task(config.data)
-    task = whole.without(measure_prompts(config, whole).left_out)
+    task = whole.without(measure_prompts(config, whole, setting="MODEL").left_out)
     check_heldout(config, task)
     own = task.heldout[: config.evaluation.problems]
     sets = [HeldOut(OWN, own, config.reward.grader or task.default_reward)]
