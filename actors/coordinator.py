@@ -5,12 +5,14 @@ knows whether the stages are actors or objects in the same process.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.evaluation import Evaluation, Evaluator
 from actors.flight import Flight
+from actors.flights import Flights
 from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Member
 from actors.recorder import Recorder
@@ -20,7 +22,7 @@ from distrl.ledger import Ledger
 from distrl.messages import BatchGrant, LoadReceipt, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
-from distrl.staleness import Admission, Outstanding, Version, staleness
+from distrl.staleness import Admission, Version, staleness
 from distrl.tasks.problem import Problem
 from distrl.tickets import DropReason, Ticket
 
@@ -76,13 +78,19 @@ class Coordinator:
         self._recorder = recorder
         self._clock = clock
         self._evaluator = Evaluator(pipeline, settings.seed, clock)
-        self._flights: dict[int, Flight] = {}  # issued, not yet granted
-        self._granted: dict[int, Flight] = {}  # in the learner's hands
-        self._unreleased = 0  # trained, but their step's weights are not published yet
-        self._finished = 0  # tickets trained so far
-        self._step = 0  # steps granted so far
-        self._published = Version(ledger.allocate_version(None, 0), None, 0)
-        self._versions = {self._published.version: self._published}
+        self._reissue: deque[tuple[int, str]] = deque()  # tickets of an earlier process that must be sampled again
+        self._versions = ledger.versions()
+        resumed = ledger.last_checkpoint()
+        if resumed is None:
+            first = Version(ledger.allocate_version(None, 0), None, 0)
+            self._versions[first.version] = first
+            self._published = first
+        else:
+            self._published = self._versions[resumed.version]
+        self._resumed = resumed is not None
+        self._step = self._published.step  # steps granted so far
+        self._flights = Flights(settings.admission, settings.on_stale, settings.ready_bytes, self._step)
+        self._stopping = False
         self._issuing = False
         self._drops_in_a_row = 0
         self._fatal: BaseException | None = None
@@ -92,6 +100,7 @@ class Coordinator:
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
         self._may_load = asyncio.Event()
+        self._recovered = asyncio.Event()
         self.done = asyncio.Event()
         pipeline.generation.on_change(self._issue)
         pipeline.on_failure = self._count_failure
@@ -102,7 +111,30 @@ class Coordinator:
         """Begins to issue tickets, beside the first evaluation."""
         for member in self._pipeline.generation.members:
             self._spawn(self._follow(member))
-        self._spawn(self._begin())
+        self._spawn(self._go_on() if self._resumed else self._begin())
+
+    async def _go_on(self) -> None:
+        """Takes up what an earlier process left: ready tickets from the journal, the others are sampled again.
+
+        New weights are loaded, and tickets issued, when the learner has published the checkpoint's weights again.
+        """
+        recovery = self._ledger.recover(self._step)
+        for kept in recovery.ready:
+            oldest_step = self._versions[kept.oldest_version].step
+            flight = self._flight(kept.ticket_id, kept.prompt_id, oldest_step)
+            flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
+            flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
+            await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
+            flight.enter("ready", self._clock())
+            self._flights.add(flight)
+        self._reissue.extend(recovery.issued)
+        self._recorder.event(
+            "resumed",
+            f"at step {self._step} with {len(recovery.ready)} tickets from the journal and {len(recovery.issued)} to "
+            "sample again",
+        )
+        self._recovered.set()
+        await self._notify()
 
     async def _begin(self) -> None:
         # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end.
@@ -114,7 +146,7 @@ class Coordinator:
     async def _finish(self) -> None:
         self._issuing = False
         await self._evaluate("after", self._prompts.heldout)
-        for flight in list(self._flights.values()):
+        for flight in list(self._flights.under_way.values()):
             self._drop(flight, DropReason.RUN_ENDED, "the run had all the steps it was asked for")
         self._recorder.event("done", "all steps are trained and evaluated")
         self.done.set()
@@ -140,8 +172,15 @@ class Coordinator:
             self._recorder.event("failed", f"{type(error).__name__}: {error}")
         asyncio.get_running_loop().create_task(self._notify())
 
-    async def stop(self, reason: str) -> None:
-        """Ends the run: issues nothing more, and whoever waits for a batch gets a RunError with the reason."""
+    async def request_stop(self) -> None:
+        """Ends the run after the step under way: issues nothing more, and the learner's next batch is none."""
+        self._stopping = True
+        self._issuing = False
+        self._recorder.event("stopping", "after the step under way")
+        await self._notify()
+
+    async def abort(self, reason: str) -> None:
+        """Ends the run now: whoever waits for a batch gets a RunError with the reason."""
         if self._fatal is None:
             self._fatal = RunError(reason)
         await self._notify()
@@ -157,45 +196,35 @@ class Coordinator:
 
     def _issue(self) -> None:
         """Issues as many tickets as the staleness contract and the free places allow."""
-        settings, admission = self._settings, self._settings.admission
+        settings, flights = self._settings, self._flights
         held = False
-        while self._issuing and self._fatal is None:
-            outstanding = len(self._flights) + len(self._granted) + self._unreleased
-            wanted = (
-                settings.steps * admission.tickets_per_step - self._finished - len(self._flights) - len(self._granted)
-            )
-            if wanted <= 0:
-                break
-            if not admission.may_issue(outstanding, self._ready()) or self._buffer_is_full():
+        while self._issuing and self._fatal is None and flights.wanted(settings.steps) > 0:
+            if not flights.may_issue():
                 held = True
                 break
-            oldest_step = admission.oldest_step_for(outstanding, self._published.step)
+            oldest_step = settings.admission.oldest_step_for(flights.outstanding, self._published.step)
             member = self._pipeline.generation.take(settings.group_size, _at_least(oldest_step))
             if member is None:
                 break
-            self._launch(member)
+            self._launch(member, *(self._reissue.popleft() if self._reissue else self._draw()))
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
 
-    def _ready(self) -> int:
-        return sum(f.ready for f in self._flights.values())
+    def _draw(self) -> tuple[int, str]:
+        return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
-    def _buffer_is_full(self) -> bool:
-        """Whether the sampled rollouts that are not trained yet fill limits.ready_bytes and hold a whole batch."""
-        sampled = [f.bytes for f in self._flights.values() if f.bytes]
-        enough = len(sampled) >= self._settings.admission.tickets_per_step
-        return enough and sum(sampled) >= self._settings.ready_bytes
+    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
+        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+        self._flights.add(flight)
+        self._spawn(self._carry(flight, member))
 
-    def _launch(self, member: Member) -> None:
-        problem: Problem | None = None
-
-        def draw(ticket_id: int) -> str:
-            nonlocal problem
-            problem = self._prompts.draw(ticket_id)
-            return problem.prompt_id
-
-        ticket_id, prompt_id = self._ledger.issue(draw)
-        assert problem is not None
+    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+        problem = self._prompts.draw(ticket_id)
+        if problem.prompt_id != prompt_id:
+            raise RunError(
+                f"ticket {ticket_id} was drawn as prompt {prompt_id}, the data now gives {problem.prompt_id}; a run "
+                "goes on with the data it began with"
+            )
         ticket = Ticket(
             ticket_id=ticket_id,
             redraw=0,
@@ -206,9 +235,7 @@ class Coordinator:
             stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
             messages=problem.messages,
         )
-        flight = Flight(ticket, problem, oldest_step=member.step, issued_s=self._clock())
-        self._flights[ticket_id] = flight
-        self._spawn(self._carry(flight, member))
+        return Flight(ticket, problem, oldest_step, issued_s=self._clock())
 
     async def _carry(self, flight: Flight, member: Member) -> None:
         """Takes one ticket through its stages until it is ready or dropped."""
@@ -240,7 +267,7 @@ class Coordinator:
         await self._notify()
 
     def _drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
-        self._flights.pop(flight.ticket.ticket_id, None)
+        self._flights.remove(flight)
         self._ledger.drop(flight.ticket.ticket_id, reason, detail)
 
     def _count_drop(self, error: TicketFailedError) -> None:
@@ -262,8 +289,10 @@ class Coordinator:
 
     # Batches ----------------------------------------------------------------------------------------------------
 
-    async def next_batch(self, step: int) -> BatchGrant:
+    async def next_batch(self, step: int) -> BatchGrant | None:
         """The batch of optimizer step number `step` (the first is 1), as soon as the contract allows it.
+
+        None when the run was asked to stop: the learner makes a checkpoint and ends.
 
         Raises:
             RunError: the run failed, or steps are asked for out of order.
@@ -272,29 +301,19 @@ class Coordinator:
             raise RunError(f"the learner must ask for step {self._step + 1} next, got {step}")
         began = self._learner_waits_since = self._clock()
         async with self._changed:
-            while not (batch := self._choose()):
+            while not (batch := self._flights.choose(self._step)) and not self._stopping:
                 self.check()
                 await self._changed.wait()
         self.check()
         self._learner_waits_since = None
+        if self._stopping:
+            return None
         last = max(batch, key=lambda f: f.stage_since_s)
         self._waits.add(blame((began, self._clock()), last.timeline))
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._issue()
         return BatchGrant(step, tuple(tickets))
-
-    def _choose(self) -> list[Flight]:
-        admission = self._settings.admission
-        if self._settings.on_stale == "keep":
-            ready = sorted(f.ticket.ticket_id for f in self._flights.values() if f.ready)
-            batch: Sequence[int] = ready[: admission.tickets_per_step]
-            if len(batch) < admission.tickets_per_step:
-                return []
-        else:
-            outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self._flights.values()]
-            batch = admission.choose(outstanding, self._step).batch
-        return [self._flights[i] for i in batch]
 
     def _grant(self, flight: Flight) -> TicketGrant:
         ticket_id = flight.ticket.ticket_id
@@ -307,7 +326,7 @@ class Coordinator:
                 f"ticket {ticket_id} would be trained with staleness {age}, train.max_staleness is {bound}; "
                 "this is a fault of distrl, please report it"
             )
-        self._granted[ticket_id] = self._flights.pop(ticket_id)
+        self._flights.grant(flight)
         return TicketGrant(ticket_id, flight.generation, flight.grading, flight.reference, age)
 
     # Policy versions --------------------------------------------------------------------------------------------
@@ -316,27 +335,38 @@ class Coordinator:
         """The learner has done a step. Returns the version number for the weights it made."""
         self.check()
         self._ledger.mark_trained(report.step, staleness_by_ticket)
-        rewards = [self._granted[i].reward_mean for i in staleness_by_ticket]
-        tokens = sum(self._granted[i].response_tokens for i in staleness_by_ticket)
-        for ticket_id in staleness_by_ticket:
-            del self._granted[ticket_id]
-        self._unreleased += len(staleness_by_ticket)
-        self._finished += len(staleness_by_ticket)
+        trained = self._flights.trained(report.step, staleness_by_ticket)
+        rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
         return self._ledger.allocate_version(self._published.version, report.step)
+
+    async def restored(self, step: int) -> int:
+        """The learner holds the last checkpoint's weights; the version number to publish them under again."""
+        # Until the ledger's tickets are taken up, none may be issued: they could not be told apart.
+        async with self._changed:
+            while not self._recovered.is_set():
+                self.check()
+                await self._changed.wait()
+        if step != self._step:
+            raise RunError(f"the learner must go on from step {self._step}, the ledger's last checkpoint, got {step}")
+        return self._ledger.allocate_version(self._published.version, step)
 
     async def published(self, version: int, step: int, manifest_sha256: str) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them."""
         self._ledger.mark_published(version, manifest_sha256)
         self._published = Version(version, self._published.version, step)
         self._versions[version] = self._published
-        self._unreleased = 0
+        self._flights.release()
         every = self._settings.evaluate_every_steps
-        last = step == self._settings.steps
-        if every and step % every == 0 and not last:
-            self._spawn(self._evaluate_during())
-        if last:
+        if self._resumed:
+            self._resumed, self._issuing = False, not self._stopping
+            self._may_load.set()
+        if step == self._settings.steps:
             self._spawn(self._finish())
+        elif every and step % every == 0:
+            # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
+            self._issuing = self._issuing and self._settings.admission.max_staleness > 0
+            self._spawn(self._evaluate_during())
         await self._notify()
         self._issue()
 
@@ -376,14 +406,9 @@ class Coordinator:
     # Evaluation -------------------------------------------------------------------------------------------------
 
     async def _evaluate_during(self) -> None:
-        # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
-        synchronous = self._settings.admission.max_staleness == 0
-        if synchronous:
-            self._issuing = False
         await self._evaluate("during", self._prompts.heldout_during)
-        if synchronous and self._step < self._settings.steps:
-            self._issuing = True
-            self._issue()
+        self._issuing = not self._stopping
+        self._issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
         step = self._published.step
@@ -395,20 +420,16 @@ class Coordinator:
 
     async def snapshot(self, after: int) -> dict[str, Any]:
         """What the driver shows: records with a number above `after`, tickets by state, who waits for whom."""
-        stages: dict[str, int] = {}
-        for flight in self._flights.values():
-            stages[flight.stage] = stages.get(flight.stage, 0) + 1
-        oldest = min(self._flights.values(), key=lambda f: f.stage_since_s, default=None)
         pools = [self._pipeline.generation, self._pipeline.grading]
         if self._pipeline.reference is not None:
             pools.append(self._pipeline.reference)
         return {
             "records": self._recorder.after(after),
             "done": self.done.is_set(),
+            "stopping": self._stopping,
             "failed": None if self._fatal is None else f"{type(self._fatal).__name__}: {self._fatal}",
             "step": self._published.step,
-            "stages": stages,
-            "granted": len(self._granted),
+            **self._flights.report(self._clock()),
             "rollouts": dict(self._pipeline.rollouts),
             "learner_waiting": self._learner_waits_since is not None,
             "generation_held": self._held.running,
@@ -418,13 +439,6 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._held.read(),
             "busy": {pool.stage: pool.busy for pool in pools},
-            "oldest": None
-            if oldest is None or oldest.ready
-            else {
-                "ticket": oldest.ticket.ticket_id,
-                "stage": oldest.stage,
-                "since_s": self._clock() - oldest.stage_since_s,
-            },
         }
 
     async def _notify(self) -> None:

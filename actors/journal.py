@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
+from distrl.errors import StageError
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
@@ -63,6 +65,18 @@ class Journal:
             self._timer = loop.call_later(FLUSH_S, self._flush)
         return await entry.written
 
+    @ray.method(num_returns=2)
+    async def read(self, path: str, sha256: str, ticket_id: int) -> tuple[int, pa.RecordBatch]:
+        """The rows of one ticket, from a file that is complete and unchanged.
+
+        Returns:
+            How many rows, and the joined rows.
+        Raises:
+            StageError: the file is missing or damaged, or does not hold the ticket.
+        """
+        rows = await asyncio.to_thread(_read_ticket, Path(path), sha256, ticket_id)
+        return rows.num_rows, rows
+
     def _flush(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -111,3 +125,18 @@ def _write_file(path: Path, batches: list[pa.RecordBatch]) -> JournalReceipt:
         os.close(directory)
     digest = hashlib.sha256(data).hexdigest()
     return JournalReceipt(str(path), digest, sum(b.num_rows for b in batches), len(data))
+
+
+def _read_ticket(path: Path, sha256: str, ticket_id: int) -> pa.RecordBatch:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StageError(f"journal file {path}: must be readable, the ledger names it: {error.strerror}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise StageError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
+    table = pa.ipc.open_file(data).read_all()
+    rows = table.filter(pc.equal(table["ticket_id"], ticket_id)).combine_chunks()
+    if not rows.num_rows:
+        raise StageError(f"journal file {path}: must hold ticket {ticket_id}, the ledger says so; it does not")
+    return rows.to_batches()[0]

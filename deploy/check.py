@@ -45,14 +45,14 @@ def check_run(config: Config) -> RunPlan:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
     whole = load_task(config.data)
-    lengths = _check_model_and_prompts(config, whole)
+    lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
     grader = _check_grader(config, task)
     recipe = build_recipe(config)
     # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
     lowest_reward = None if ":" in grader else 0.0
     check(recipe, lowest_reward=lowest_reward, group_size=config.rollout.group_size, produced=PRODUCED)
-    _check_prompts(config, task)
+    check_heldout(config, task)
     scores_reference = "reference" in required_columns(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
@@ -67,9 +67,16 @@ def check_run(config: Config) -> RunPlan:
     )
 
 
-def _check_model_and_prompts(config: Config, task: Task) -> Lengths:
-    context_length = check_model(config.model.path)
-    encoder = PromptEncoder(load_tokenizer(config.model.path))
+def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
+    """Which prompts are left out, and how long the longest other is, by the model's own tokenizer.
+
+    Args:
+        setting: where the model's directory was set, for messages.
+    Raises:
+        ConfigError, DataError: the model cannot be used, or a prompt does not fit into its context.
+    """
+    context_length = check_model(config.model.path, setting=setting)
+    encoder = PromptEncoder(load_tokenizer(config.model.path, setting=setting))
     if config.data.chat_template == "model":
         encoder.check_template()
     return check_lengths(
@@ -94,7 +101,11 @@ def _check_grader(config: Config, task: Task) -> str:
     return grader
 
 
-def _check_prompts(config: Config, task: Task) -> None:
+def check_heldout(config: Config, task: Task) -> None:
+    """
+    Raises:
+        ConfigError: there are fewer held-out problems than asked for.
+    """
     if len(task.heldout) < config.evaluation.problems:
         raise ConfigError(
             f"evaluation.problems must be <= the held-out problems ({len(task.heldout)}), got "

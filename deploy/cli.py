@@ -1,31 +1,26 @@
-"""The command line: `distrl quickstart | train | validate`."""
+"""The command line; most commands have a module of their own in `deploy.commands`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from distrl.errors import ConfigError, DataError, DistrlError
+from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
+from deploy.commands.evaluate import evaluate
+from deploy.commands.export import export
+from deploy.commands.init import init, schema
+from deploy.commands.recipes import recipes
+from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
+from distrl.errors import DistrlError
 
 app = typer.Typer(
     help="RL post-training of language models with asynchronous actors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # else lines break where the source breaks them
 )
-
-EXIT_FAILED = 1
-EXIT_REFUSED = 2
-"""The config or the data cannot be used; nothing was started."""
-EXIT_INTERRUPTED = 130
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override, such as train.steps=20."),
-]
 
 
 @app.command()
@@ -45,21 +40,18 @@ def quickstart(overrides: Overrides = None) -> None:
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run the training that CONFIG describes.
 
-    Example: distrl train examples/sort_digits.yaml train.steps=20 run.name=short
+    Example: distrl train examples/sort_digits.yaml model.path=models/mine train.steps=20
     """
-    from deploy.progress import Terminal
-    from deploy.run import run_training
-    from distrl.config import load_config
+    import deploy
 
-    loaded = load_config(config, overrides or [])
-    run_training(loaded, Terminal(Console(), loaded.train.steps, loaded.run.name))
+    deploy.train(config, overrides or [])
 
 
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check CONFIG and say in words what it would run; starts nothing.
 
-    Example: distrl validate examples/sort_digits.yaml train.max_staleness=0
+    Example: distrl validate examples/sort_digits.yaml model.path=models/mine
     """
     from deploy.check import check_run, explain
     from distrl.config import load_config
@@ -69,23 +61,85 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         typer.echo(line)
 
 
+@app.command()
+def resume(run: RunPath) -> None:
+    """Go on with a run that was stopped, from its last checkpoint.
+
+    Example: distrl resume runs/mine
+    """
+    from deploy.progress import Terminal
+    from deploy.run import resumable, resume_training
+
+    config, _, _ = resumable(run)
+    resume_training(run, Terminal(Console(), config.train.steps, config.run.name))
+
+
+@app.command()
+def stop(
+    run: RunPath,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for the run to end.")] = 120.0,
+) -> None:
+    """Stop a run after the step under way, with a checkpoint; returns when it has ended. Ctrl-C does the same.
+
+    Example: distrl stop runs/mine
+    """
+    from deploy.control import stop_run
+
+    typer.echo(f"{run}: {stop_run(run, timeout_s)}")
+
+
+@app.command()
+def status(run: RunPath, as_json: Json = False) -> None:
+    """Say how a run is doing: state, step, reward, held-out accuracy, tickets. Needs no Ray.
+
+    Example: distrl status runs/mine --json
+    """
+    from deploy.control import describe, run_status
+
+    found = run_status(run)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(describe(found)))
+
+
+@app.command()
+def report(run: RunPath, as_json: Json = False) -> None:
+    """Write RUN/report.html, one page that needs no network, and its numbers as RUN/report/*.parquet.
+
+    Example: distrl report runs/quickstart
+    """
+    from deploy.report.write import write_report
+
+    written = write_report(run)
+    if as_json:
+        print_json(written.as_json())
+        return
+    typer.echo(f"{written.page}: {written.sentence()}")
+    typer.echo(f"{written.page.with_name('report')}: {', '.join(p.name for p in written.tables.values())}")
+    for note in written.data.facts.missing:
+        typer.echo(f"missing: {note}")
+
+
+app.command("eval")(evaluate)
+app.command()(export)
+app.command()(init)
+app.command()(schema)
+app.command()(recipes)
+
+
 def main() -> None:
-    """Entry point of the `distrl` command. Exit status 0: done; 1: the run failed; 2: refused; 130: interrupted."""
+    """Entry point of the `distrl` command; `deploy.exit_codes` says what the exit status means."""
     from deploy.guard import check_packages
 
     try:
         check_packages()
         app(standalone_mode=True)
-    except (ConfigError, DataError) as error:
-        _say(error)
-        sys.exit(EXIT_REFUSED)
     except DistrlError as error:
-        _say(error)
-        sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-
-
-def _say(error: DistrlError) -> None:
-    typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(exit_code(error))
+    except SystemExit as ended:
+        # Typer turns Ctrl-C into this status, and says nothing.
+        if ended.code == EXIT_INTERRUPTED:
+            typer.echo("interrupted", err=True)
+        raise

@@ -23,7 +23,9 @@ RESOURCE = "distrl_learner"
 
 
 class RayLink:
-    """The training loop's calls to the coordinator and the policy store, each with a deadline.
+    """The training loop's calls to the coordinator and the policy store, and its reading of rollouts.
+
+    Each has the deadline limits.publish_timeout_s.
 
     Waiting for a batch has none: how long sampling may take is bounded by the stages' own timeouts, and the
     coordinator's answer ends when the run fails.
@@ -34,8 +36,10 @@ class RayLink:
         self._store = store
         self._timeout_s = timeout_s
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
-        grant: BatchGrant = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
+        grant: BatchGrant | None = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
+        if grant is None:
+            return None
         tickets = []
         for ticket in grant.tickets:
             refs = [ticket.generation, ticket.grading, ticket.reference]
@@ -46,6 +50,9 @@ class RayLink:
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
         version = self._get(self._coordinator.trained.remote(report, dict(staleness)), "trained")
         return int(version)
+
+    def restored(self, state: TrainState) -> int:
+        return int(self._get(self._coordinator.restored.remote(state.step), "restored"))
 
     def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
         sent = [self._store.add_chunk.remote(manifest.version, i, chunk) for i, chunk in enumerate(chunks)]
@@ -69,6 +76,8 @@ class RayLink:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error, what) from error
+        except ray.exceptions.RayActorError as error:
+            raise RunError(f"the learner's call {what} failed: the process it went to is gone") from error
 
 
 def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
@@ -104,18 +113,25 @@ def worker_main(arguments: Mapping[str, Any]) -> None:
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
-    train(trainer, settings, link, world, None, report)
+    checkpoint: Path | None = arguments["checkpoint"]
+    resume = None if checkpoint is None else trainer.restore(checkpoint)
+    train(trainer, settings, link, world, resume, report)
 
 
 class RayTrainGroup:
-    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive."""
+    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
-    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
+    Args:
+        checkpoint: the one that the ledger named last, to go on from; None begins anew.
+    """
+
+    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any, checkpoint: Path | None) -> None:
         self._arguments = {
             "config": config,
             "run_dir": run_dir,
             "coordinator": coordinator,
             "store": store,
+            "checkpoint": checkpoint,
         }
         self._run_dir = run_dir
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)

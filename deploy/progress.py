@@ -101,16 +101,23 @@ class Terminal:
     def finish(self, summary: dict[str, Any], path: Path) -> None:
         if self._live is not None:
             self._live.stop()
-        before, after = (_accuracy(summary, name) for name in ("before", "after"))
-        self._console.print(
-            f"\nHeld-out accuracy on {summary['heldout_problems']} problems: {before} before, {after} after "
-            f"{summary['steps']} steps\n"
-            f"{summary['rollouts']} rollouts in {summary['wall_s']:.0f} s; largest staleness "
-            f"{summary['max_observed_staleness']}; the learner waited {summary['learner_wait_fraction']:.0%} of its "
-            f"time\nAll of it: {path}/summary.json",
-            highlight=False,
-            soft_wrap=True,
-        )
+        measured = [
+            f"{_accuracy(summary, name)} {name}"
+            for name in ("before", "after")
+            if summary[f"heldout_accuracy_{name}"] is not None
+        ]
+        waited = f"the learner waited {summary['learner_wait_fraction']:.0%} of its time"
+        lines = [
+            f"{summary['rollouts']} rollouts and {summary['steps']} steps in {summary['wall_s']:.0f} s; largest "
+            f"staleness {summary['max_observed_staleness']}; {waited}",
+            f"All of it: {path}/summary.json",
+        ]
+        if measured:
+            problems = summary["heldout_problems_before"]
+            lines.insert(0, f"Held-out accuracy on {problems} problems: {', '.join(measured)}")
+        if summary["state"] == "stopped":
+            lines.append(f"Stopped with a checkpoint. Go on with: distrl resume {path}")
+        self._console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True)
 
     def _take(self, record: dict[str, Any]) -> None:
         match record["kind"]:

@@ -1,27 +1,23 @@
-"""Wires a run together, watches it, and sums it up."""
+"""Runs a training run from its first process to its summary, anew or from where it stopped."""
 
-import logging
-import os
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from deploy.check import RunPlan, check_run
-from deploy.learner import RESOURCE, RayTrainGroup, train_environment
+from deploy.interrupt import stop_on_interrupt
+from deploy.learner import RayTrainGroup
 from deploy.progress import Progress, Silent
-from deploy.remote.coordinator import CoordinatorActor
-from deploy.remote.generation import GenerationActor
-from deploy.remote.grading import GradingActor
-from deploy.remote.journal import JournalActor
-from deploy.remote.policy_store import PolicyStoreActor
-from deploy.remote.reference import ReferenceActor
-from deploy.run_dir import RunDir, create_run_dir, write_json
+from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
+from deploy.run_state import RunState, claim, read_state, write_state
 from deploy.stall import StallWatch
+from deploy.start import Handles, log_directory, start_actors, start_ray, wait_for_actors
 from deploy.summary import summarize
-from distrl.config import Config
-from distrl.errors import DeadlineError, RunError
+from distrl.config import Config, load_config
+from distrl.errors import RefusedError, RunError
+from distrl.ledger import Ledger
 from learners.group import GroupStatus
 
 POLL_S = 0.2
@@ -29,156 +25,127 @@ STOP_S = 30.0
 """Seconds that the learner's processes get to end."""
 
 
-@dataclass(slots=True)
-class Handles:
-    """The actors of a run."""
-
-    stages: dict[str, list[Any]] = field(default_factory=dict)
-    store: Any = None
-    coordinator: Any = None
-
-    def all(self) -> list[Any]:
-        return [self.coordinator, self.store, *(h for members in self.stages.values() for h in members)]
-
-
 def run_training(config: Config, progress: Progress | None = None) -> dict[str, Any]:
     """Trains as the config says and returns the summary, which is also in the run's `summary.json`.
 
     Raises:
         ConfigError, DataError: the config cannot be run.
-        RunError: the run's directory exists, or the run failed; the message has the cause.
+        RefusedError: the run's directory exists. RunError: the run failed; the message has the cause.
     """
-    progress = progress or Silent()
-    began = time.time()
     plan = check_run(config)
-    run_dir = create_run_dir(config)
-    with progress:
-        progress.phase("starting Ray")
-        own_ray = start_ray()
-        try:
-            snapshot = _run_actors(config, plan, run_dir, progress)
-        except BaseException:
-            progress.line(f"what the processes of the run wrote: {_log_directory()}")
-            raise
-        finally:
-            if own_ray:
-                ray.shutdown()
-        summary = summarize(run_dir, snapshot, wall_s=time.time() - began)
-        write_json(run_dir.summary, summary)
-        progress.finish(summary, run_dir.path)
+    return _run(config, plan, create_run_dir(config), None, progress or Silent())
+
+
+def resumable(path: Path) -> tuple[Config, RunDir, Path]:
+    """What is needed to go on with a run: its config, its directory, and the checkpoint that its ledger names last.
+
+    Raises:
+        RefusedError: there is no such run, it is running or finished, or it has no checkpoint.
+    """
+    run_dir = find_run(path)
+    state = read_state(run_dir)
+    if state == RunState.RUNNING:
+        raise RefusedError(f"{path}: the run must not be running to be resumed; stop it with: distrl stop {path}")
+    if state == RunState.FINISHED:
+        raise RefusedError(
+            f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
+        )
+    ledger = Ledger(run_dir.ledger)
+    try:
+        checkpoint = ledger.last_checkpoint()
+    finally:
+        ledger.close()
+    if checkpoint is None:
+        raise RefusedError(
+            f"{path}: the run must have a checkpoint to be resumed, it ended before the first; start anew"
+        )
+    return load_config(run_dir.config), run_dir, Path(checkpoint.path)
+
+
+def resume_training(path: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Goes on with a run that was stopped, from its last checkpoint; see `run_training`.
+
+    Raises:
+        RefusedError: it cannot be resumed (see `resumable`). RunError: it failed.
+    """
+    config, run_dir, checkpoint = resumable(path)
+    return _run(config, check_run(config), run_dir, checkpoint, progress or Silent())
+
+
+def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None, progress: Progress) -> dict[str, Any]:
+    began = time.time()
+    claim(run_dir)
+    outcome = RunState.FAILED
+    try:
+        with progress:
+            progress.phase("starting Ray")
+            own_ray = start_ray()
+            try:
+                snapshot = _run_actors(config, plan, run_dir, checkpoint, progress)
+            except BaseException:
+                progress.line(f"what the processes of the run wrote: {log_directory()}")
+                raise
+            finally:
+                if own_ray:
+                    ray.shutdown()
+            outcome = RunState.FINISHED if snapshot["done"] else RunState.STOPPED
+            summary = summarize(run_dir, snapshot, state=outcome, wall_s=time.time() - began)
+            write_json(run_dir.summary, summary)
+            progress.finish(summary, run_dir.path)
+    finally:
+        write_state(run_dir, outcome)
     return summary
 
 
-def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> dict[str, Any]:
-    """Starts actors and learner, watches them until the run is done, and ends them; the last snapshot."""
+def _run_actors(
+    config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
     handles = start_actors(config, run_dir, plan)
-    group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store)
+    group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store, checkpoint)
     group.start()
     try:
-        _wait_for_actors(config, handles)
-        progress.phase("evaluating the model before training")
+        wait_for_actors(config, handles)
+        progress.phase("evaluating the model before training" if checkpoint is None else f"going on from {checkpoint}")
         ray.get(handles.coordinator.start.remote(), timeout=config.limits.start_timeout_s)
-        return _watch(config, handles, group, progress)
+        return _watch(config, run_dir, handles, group, progress)
     finally:
         # A learner that still waits for a batch gets an error for it, so that its group ends before Ray does.
-        handles.coordinator.stop.remote("the run has ended")
+        handles.coordinator.abort.remote("the run has ended")
         group.stop(timeout_s=STOP_S)
         for handle in handles.all():
             ray.kill(handle)
 
 
-def start_ray() -> bool:
-    """Starts a local Ray unless this process is connected already; returns whether it did."""
-    train_environment()
-    if ray.is_initialized():
-        return False
-    # Our actors take no CPUs of Ray's: threads are set per process, and all processes must start at once.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-    ray.init(
-        address="local",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        include_dashboard=False,
-        resources={RESOURCE: 1},
-        namespace="distrl",
-    )
-    return True
-
-
-def _log_directory() -> str:
-    node = ray._private.worker.global_worker.node
-    return "(Ray is not running)" if node is None else str(node.get_logs_dir_path())
-
-
-def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
-    """Creates all actors of a run at once; their constructors run in their own processes."""
-
-    def create(actor: type, count: int, *arguments: Any) -> list[Any]:
-        made: Any = ray.remote(actor).options(num_cpus=0, max_restarts=0, max_task_retries=0)
-        return [made.remote(*arguments) for _ in range(count)]
-
-    handles = Handles()
-    (handles.store,) = create(PolicyStoreActor, 1)
-    handles.stages["generation"] = [
-        create(GenerationActor, 1, config, f"generation-{i}", handles.store)[0] for i in range(config.generation.actors)
-    ]
-    handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.grader)
-    handles.stages["reference"] = (
-        create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
-    )
-    handles.stages["journal"] = create(JournalActor, 1, run_dir)
-    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out)
-    return handles
-
-
-def _wait_for_actors(config: Config, handles: Handles) -> None:
-    """Returns when every actor's constructor is done.
-
-    Raises:
-        RunError: one failed; DeadlineError: one is not up within limits.start_timeout_s. Both name it.
-    """
-    named = {"coordinator": handles.coordinator, "policy-store": handles.store}
-    for stage, members in handles.stages.items():
-        named |= {f"{stage}-{i}": handle for i, handle in enumerate(members)}
-    deadline = time.monotonic() + config.limits.start_timeout_s
-    for name, handle in named.items():
-        try:
-            ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
-            raise DeadlineError(
-                f"{name} must be up within limits.start_timeout_s = {config.limits.start_timeout_s:g} s"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise RunError(f"{name} could not start: {_constructor_error(error)}") from error
-
-
-def _constructor_error(error: BaseException) -> str:
-    """The last line of the traceback that Ray puts into the message is the error itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _watch(config: Config, handles: Handles, group: RayTrainGroup, progress: Progress) -> dict[str, Any]:
-    """Shows the run's progress until it is done; raises what ended it."""
+def _watch(
+    config: Config, run_dir: RunDir, handles: Handles, group: RayTrainGroup, progress: Progress
+) -> dict[str, Any]:
+    """Shows the run's progress until it is done or stopped; raises what ended it."""
     seen = -1
     stall = StallWatch(config.limits.stall_warning_s)
-    while True:
-        try:
-            snapshot: dict[str, Any] = ray.get(
-                handles.coordinator.snapshot.remote(seen), timeout=config.limits.publish_timeout_s
-            )
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise RunError(f"the coordinator does not answer: {type(error).__name__}") from error
-        if snapshot["records"]:
-            seen = snapshot["records"][-1]["number"]
-        progress.update(snapshot)
-        if warning := stall.look(snapshot, time.monotonic()):
-            progress.line(warning)
-        if snapshot["failed"]:
-            raise RunError(snapshot["failed"])
-        if group.status() == GroupStatus.FAILED:
-            raise group.error() or RunError("the learner failed")
-        if snapshot["done"]:
-            return snapshot
-        time.sleep(POLL_S)
+    stopping = False
+    with stop_on_interrupt() as interrupted:
+        while True:
+            try:
+                snapshot: dict[str, Any] = ray.get(
+                    handles.coordinator.snapshot.remote(seen), timeout=config.limits.publish_timeout_s
+                )
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                raise RunError(f"the coordinator does not answer: {type(error).__name__}") from error
+            if snapshot["records"]:
+                seen = snapshot["records"][-1]["number"]
+            progress.update(snapshot)
+            if warning := stall.look(snapshot, time.monotonic()):
+                progress.line(warning)
+            if snapshot["failed"]:
+                raise RunError(snapshot["failed"])
+            if group.status() == GroupStatus.FAILED:
+                raise group.error() or RunError("the learner failed")
+            if group.status() == GroupStatus.FINISHED and (snapshot["done"] or snapshot["stopping"]):
+                return snapshot  # the learner has committed its last checkpoint
+            if not stopping and (interrupted.is_set() or run_dir.stop_request.exists()):
+                stopping = True
+                progress.line("stopping: the step under way is finished and a checkpoint made")
+                handles.coordinator.request_stop.remote()
+            time.sleep(POLL_S)

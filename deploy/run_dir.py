@@ -1,14 +1,13 @@
 """The directory of one run: what lies where, and how it comes about."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distrl.config import Config, dump_config
-from distrl.errors import RunError
+from distrl.errors import RefusedError, RunError
 
 FORMAT = 1
 
@@ -44,6 +43,11 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def stop_request(self) -> Path:
+        """A file that asks the run to stop; see `distrl stop`."""
+        return self.path / "stop"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -52,21 +56,44 @@ def create_run_dir(config: Config) -> RunDir:
     """Makes the run's directory with its resolved config.
 
     Raises:
-        RunError: the directory exists already, or cannot be made.
+        RefusedError: the directory exists already. RunError: it cannot be made.
     """
     run_dir = RunDir(config.run_dir.absolute())
     try:
         run_dir.path.mkdir(parents=True)
     except FileExistsError:
-        raise RunError(
+        raise RefusedError(
             f"run.name: the directory {config.run_dir} must not exist yet, a run never overwrites another; "
             f"choose a new name with run.name=... or delete it"
         ) from None
     except OSError as error:
         raise RunError(f"run.dir: {config.run_dir} cannot be made: {error.strerror}") from error
     run_dir.config.write_text(dump_config(config))
-    write_json(run_dir.run_json, {"format": FORMAT, "name": config.run.name, "pid": os.getpid()})
+    write_json(run_dir.run_json, {"format": FORMAT, "name": config.run.name, "state": "created"})
     return run_dir
+
+
+def find_run(path: Path) -> RunDir:
+    """The run in this directory.
+
+    Raises:
+        RefusedError: there is none; names the newest run nearby.
+    """
+    run_dir = RunDir(path.absolute())
+    if not path.exists():
+        raise RefusedError(f"RUN: {path} must be a run directory, it does not exist; {_runs_near(path.parent)}")
+    if not path.is_dir():
+        raise RefusedError(f"RUN: {path} must be a run directory, it is a file; {_runs_near(path.parent)}")
+    if not run_dir.run_json.is_file():
+        raise RefusedError(f"RUN: {path} must be a run directory, it has no run.json; {_runs_near(path)}")
+    return run_dir
+
+
+def _runs_near(folder: Path) -> str:
+    runs = sorted(folder.glob("*/run.json"), key=lambda p: (p.stat().st_mtime, p)) if folder.is_dir() else []
+    if not runs:
+        return "give the folder that `distrl train` made, such as runs/NAME"
+    return f"did you mean {runs[-1].parent}?"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

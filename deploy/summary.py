@@ -7,14 +7,16 @@ from typing import Any
 from deploy.run_dir import RunDir
 
 
-def summarize(run_dir: RunDir, snapshot: dict[str, Any], wall_s: float) -> dict[str, Any]:
+def summarize(run_dir: RunDir, snapshot: dict[str, Any], state: str, wall_s: float) -> dict[str, Any]:
     """Reads the ledger and the metrics of a finished run.
 
     Args:
         snapshot: the coordinator's last one.
-        wall_s: seconds from the start of the command to the end of the last evaluation.
+        state: how the run ended, finished or stopped.
+        wall_s: seconds from the start of this command to its end.
     Returns:
-        heldout_accuracy_before and _after with standard errors; steps; rollouts trained; wall_s;
+        state; heldout_accuracy_before and _after with standard errors and problems, null where that evaluation was
+        not made; steps; rollouts trained; wall_s of this command;
         learner_wait_fraction, the share of the learner's time between its first batch and its last step that it
         waited for batches; learner_waits_s by the stage that it waited for, the wait for the first batch included;
         generation_held_s, in which generation was idle because the learner had to catch up; max_observed_staleness;
@@ -32,17 +34,15 @@ def summarize(run_dir: RunDir, snapshot: dict[str, Any], wall_s: float) -> dict[
         ).fetchone()
     with run_dir.metrics.open() as file:
         steps = [r for r in map(json.loads, file) if r["kind"] == "step"]
-    waited = sum(r["wait_s"] for r in steps[1:])
-    busy = sum(r["train_s"] for r in steps) + sum(r["last_publish_s"] for r in steps)
-    before, after = evaluations["before"], evaluations["after"]
+    # The first step of a process waits for the start of everything; it is the one with nothing published before it.
+    waited = sum(r["wait_s"] for r in steps if r["last_publish_s"] > 0)
+    busy = sum(r["train_s"] + r["last_publish_s"] for r in steps)
     counts = snapshot["tickets"]
     return {
-        "heldout_accuracy_before": before[0],
-        "heldout_accuracy_before_standard_error": before[1],
-        "heldout_accuracy_after": after[0],
-        "heldout_accuracy_after_standard_error": after[1],
-        "heldout_problems": after[2],
-        "steps": len(steps),
+        "state": state,
+        **_heldout("before", evaluations.get("before")),
+        **_heldout("after", evaluations.get("after")),
+        "steps": snapshot["step"],
         "rollouts": rollouts,
         "wall_s": round(wall_s, 3),
         "learner_wait_fraction": waited / (waited + busy) if steps else 0.0,
@@ -54,4 +54,13 @@ def summarize(run_dir: RunDir, snapshot: dict[str, Any], wall_s: float) -> dict[
             "trained": trained,
             "dropped": snapshot["drops"],
         },
+    }
+
+
+def _heldout(name: str, evaluation: tuple[float, float, int] | None) -> dict[str, Any]:
+    accuracy, error, problems = evaluation or (None, None, None)
+    return {
+        f"heldout_accuracy_{name}": accuracy,
+        f"heldout_accuracy_{name}_standard_error": error,
+        f"heldout_problems_{name}": problems,
     }

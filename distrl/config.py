@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrl.errors import ConfigError
+from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams
 from distrl.staleness import Admission
 from distrl.tasks.config import DataConfig
@@ -35,7 +36,7 @@ class RunConfig(_Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its directory."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of prompt order, sampling noise and initialization."""
+    """Seed of prompt order and sampling noise."""
     threads_per_process: int = Field(1, ge=1)
     """CPU threads that torch may use in each generation, reference and learner process."""
 
@@ -150,20 +151,21 @@ class EvaluationConfig(_Section):
     every_steps: int = Field(10, ge=0)
     """Steps between the shorter evaluations during training; 0 is none."""
     problems_during: int = Field(256, ge=1)
-    """Held-out problems of those."""
+    """Held-out problems of those; all of them where `problems` is less."""
 
 
 class LimitsConfig(_Section):
     """Bounds and deadlines."""
 
     call_attempts: int = Field(3, ge=1)
-    """Calls that a ticket may fail in before it is dropped."""
+    """Calls that a ticket may fail in one stage before it is dropped; also pulls of new weights that may fail in a
+    row."""
     retry_delay_s: float = Field(0.5, ge=0)
     """Seconds before the second attempt; doubles with each further one."""
     start_timeout_s: float = Field(180.0, gt=0)
-    """Seconds until all actors and the learner must be up."""
+    """Seconds until all actors must be up; the learner's own processes are started and bounded by Ray Train."""
     sync_timeout_s: float = Field(120.0, gt=0)
-    """Seconds until a generation actor must have loaded a published version."""
+    """Seconds that one attempt of a generation actor to load a published version may take."""
     publish_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one call of the learner to the coordinator or the policy store may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
@@ -173,8 +175,8 @@ class LimitsConfig(_Section):
     drops_in_a_row: int = Field(64, ge=1)
     """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
     ready_bytes: int = Field(1 << 30, ge=1)
-    """Size of the sampled rollouts that may wait to be trained; beyond it, and with a whole batch among them, no
-    tickets are issued."""
+    """Size of the sampled tokens and their records that may wait to be trained; beyond it, and with a whole batch
+    among them, no tickets are issued."""
 
 
 class Config(_Section):
@@ -217,11 +219,6 @@ class Config(_Section):
     def admission(self) -> Admission:
         return Admission(self.train.max_staleness, self.train.tickets_per_step)
 
-    @property
-    def generation_concurrency(self) -> int:
-        """Tickets in flight in one generation actor: enough to fill its slots."""
-        return max(1, self.generation.slots // self.rollout.group_size)
-
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a config file and applies `section.key=value` overrides (values are YAML).
@@ -250,15 +247,23 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Con
     for override in overrides:
         _apply(merged, override)
     _make_absolute(merged.get("data"), ("path", "heldout_path"))
+    if masked := list(masked_keys(merged)):
+        raise ConfigError("\n".join(f"{name} {_MASKED} {name}=..., or put it back" for name in masked))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
 
 
+_MASKED = f"must be the secret itself, got the mask {MASK!r} that stands for it in a run's config.yaml; pass"
+
+
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML: every key with the value that the run uses."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved config as YAML: every key with the value that the run uses, secrets masked.
+
+    `make_config` refuses a config with a masked value: the run would use the mask.
+    """
+    return yaml.safe_dump(mask(config.model_dump(mode="json")), sort_keys=False)
 
 
 def _make_absolute(section: Any, keys: Iterable[str]) -> None:
@@ -300,6 +305,8 @@ def _explain(error: Any) -> str:
             return f"{name} is required and has no default; add it to the config or pass {name}=..."
         case "value_error":
             return str(error["ctx"]["error"])  # our validators name their keys themselves
+        case _ if value is None:
+            return f"{name} must not be empty; fill it in or pass {name}=..."
         case _:
             # "Input should be ...", "String should match ...", "Input is not a valid path ..."
             _, should, rule = error["msg"].partition(" should ")

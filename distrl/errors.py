@@ -46,3 +46,7 @@ class DeadlineError(DistrlError, TimeoutError):
 
 class RunError(DistrlError, RuntimeError):
     """A run directory or a running system is not in the state that was asked for."""
+
+
+class RefusedError(RunError):
+    """A command names what is not there or would overwrite something; nothing was changed."""

@@ -4,11 +4,11 @@ Only the coordinator writes; anybody may read it with any SQLite tool while the 
 is `distrl.tickets`; this module keeps it on disk, one transaction per transition.
 """
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from distrl.errors import LedgerError
@@ -44,6 +44,40 @@ CREATE TABLE IF NOT EXISTS evaluations (
     problems INTEGER NOT NULL, responses INTEGER NOT NULL, failed INTEGER NOT NULL, accuracy REAL NOT NULL,
     standard_error REAL NOT NULL, reward_mean REAL NOT NULL, finished_s REAL NOT NULL);
 """
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledTicket:
+    """A ticket whose rollouts lie in the journal and wait to be trained."""
+
+    ticket_id: int
+    redraw: int
+    prompt_id: str
+    journal_file: str
+    journal_sha256: str
+    oldest_version: int
+    newest_version: int
+    reward_mean: float
+    response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What a run that goes on finds in its ledger."""
+
+    ready: tuple[JournalledTicket, ...]
+    issued: tuple[tuple[int, str], ...]
+    """(ticket id, prompt id) of what has to be sampled again, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that the ledger names."""
+
+    path: str
+    step: int
+    version: int
+    sha256: str
 
 
 class Ledger:
@@ -193,11 +227,53 @@ class Ledger:
     def evaluations(self) -> list[dict[str, object]]:
         return [dict(r) for r in self._db.execute("SELECT * FROM evaluations ORDER BY evaluation")]
 
-    def last_checkpoint(self) -> str | None:
-        """Path of the checkpoint committed last; one that the ledger does not name does not exist."""
-        # By row, neither by time nor by step: clocks go back, and so do steps after a rollback.
-        row = self._db.execute("SELECT path FROM checkpoints ORDER BY rowid DESC LIMIT 1").fetchone()
-        return None if row is None else str(row["path"])
+    def recover(self, step: int) -> "Recovery":
+        """Brings the tickets back to where the checkpoint of `step` left them.
+
+        What was trained after it is ready again, from the journal; what was being sampled or graded is issued again.
+
+        Raises:
+            LedgerError: a later checkpoint is committed; there is no way back behind it.
+        """
+        with self._transaction():
+            later = self._one("SELECT MAX(step) AS step FROM checkpoints")["step"]
+            if later is not None and later > step:
+                raise LedgerError(f"the ledger has a checkpoint of step {later}, it cannot go back to step {step}")
+            self._back(TicketState.TRAINED, TicketState.READY, "trained_step = NULL, staleness = NULL")
+            self._back(TicketState.GENERATED, TicketState.ISSUED, "generated_s = NULL, rollouts = NULL")
+            ready = self._db.execute(
+                "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE state = ? ORDER BY ticket_id",
+                (TicketState.READY,),
+            )
+            kept = tuple(
+                JournalledTicket(
+                    ticket_id=r["ticket_id"],
+                    redraw=r["redraw"],
+                    prompt_id=r["prompt_id"],
+                    journal_file=r["journal_file"],
+                    journal_sha256=r["sha256"],
+                    oldest_version=r["oldest_version"],
+                    newest_version=r["newest_version"],
+                    reward_mean=r["reward_mean"],
+                    response_tokens=r["response_tokens"],
+                )
+                for r in ready
+            )
+            issued = self._db.execute(
+                "SELECT ticket_id, prompt_id FROM tickets WHERE state = ? ORDER BY ticket_id", (TicketState.ISSUED,)
+            )
+            return Recovery(kept, tuple((r["ticket_id"], r["prompt_id"]) for r in issued))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint committed last."""
+        checkpoints = self.checkpoints()
+        return checkpoints[-1] if checkpoints else None
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The committed checkpoints, the newest last; one that the ledger does not name does not exist."""
+        # In the order of commits: the clock may go back between two of them.
+        rows = self._db.execute("SELECT path, step, version, sha256 FROM checkpoints ORDER BY rowid")
+        return [Checkpoint(**dict(r)) for r in rows]
 
     def state(self, ticket_id: int) -> TicketState:
         row = self._db.execute("SELECT state FROM tickets WHERE ticket_id = ?", (ticket_id,)).fetchone()
@@ -222,10 +298,6 @@ class Ledger:
         """Largest staleness that was trained; 0 before the first step."""
         return int(self._one("SELECT COALESCE(MAX(staleness), 0) AS s FROM tickets")["s"])
 
-    def set_meta(self, key: str, value: object) -> None:
-        with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
-
     # ------------------------------------------------------------------------------------------------------------
 
     def _format(self) -> int:
@@ -234,6 +306,11 @@ class Ledger:
             return FORMAT
         row = self._db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
         return FORMAT if row is None else int(row["value"])
+
+    def _back(self, old: TicketState, new: TicketState, columns: str) -> None:
+        for row in self._db.execute("SELECT ticket_id FROM tickets WHERE state = ?", (old,)).fetchall():
+            check_transition(row["ticket_id"], old, new)
+            self._db.execute(f"UPDATE tickets SET state = ?, {columns} WHERE ticket_id = ?", (new, row["ticket_id"]))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

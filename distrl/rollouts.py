@@ -14,12 +14,15 @@ def join(generation: pa.RecordBatch, grading: pa.RecordBatch, reference: pa.Reco
     """All columns of a ticket's rollouts, in the order of the generation batch.
 
     `grading` and `reference` may hold more rows (a call covers several tickets) in any order. Columns whose rows
-    already stand in one run in the right order are sliced without a copy.
+    already stand in one run in the right order are sliced without a copy. A batch that was joined before is returned
+    as it is.
 
     Raises:
         SchemaError: a rollout is missing from a stage's batch, or has another number of reference log-probabilities
             than tokens.
     """
+    if generation.schema.names == SCHEMAS[Stage.JOURNAL].names:
+        return generation  # read back from the journal, where it was joined
     ids: list[str] = generation.column("rollout_id").to_pylist()
     rows = generation.num_rows
     columns: list[pa.Array] = list(generation.columns)

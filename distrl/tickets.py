@@ -42,7 +42,6 @@ class DropReason(StrEnum):
     GRADING_FAILED = "grading_failed"
     REFERENCE_FAILED = "reference_failed"
     JOURNAL_FAILED = "journal_failed"
-    PROMPT_TOO_LONG = "prompt_too_long"
     RUN_ENDED = "run_ended"
 
 

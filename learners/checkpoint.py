@@ -16,6 +16,9 @@ from distrl.errors import RunError
 
 FORMAT = 1
 
+TRAINING_FILES = ("optimizer.pt", "state.json")
+"""What a checkpoint has beyond a Hugging Face model directory."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainState:

@@ -25,5 +25,5 @@ class LearnerGroup(Protocol):
         ...
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the workers; waits at most `timeout_s` seconds."""
+        """Waits at most `timeout_s` seconds for the workers to end; the coordinator tells them to."""
         ...

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from distrl.errors import RunError
 from distrl.logps import response_logps
@@ -16,7 +17,7 @@ from distrl.messages import Chunk, Manifest, StepReport
 from distrl.objectives import Batch, Recipe, combine, evaluate, prepare
 from distrl.weights import policy_tensors
 from learners.batches import TrainingBatch, micro_batches, training_batch
-from learners.checkpoint import TrainState, save_checkpoint
+from learners.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
 
 Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
@@ -26,12 +27,16 @@ Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
 class RunLink(Protocol):
     """What the loop asks of the rest of the run; every call has a deadline."""
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
-        """The tickets of a step, in order, and the staleness of each by ticket id."""
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
+        """The tickets of a step, in order, and the staleness of each by ticket id; None to stop."""
         ...
 
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
         """A step is done; the version number for the weights that it made."""
+        ...
+
+    def restored(self, state: TrainState) -> int:
+        """A checkpoint was loaded; the version number to publish its weights under again."""
         ...
 
     def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
@@ -86,10 +91,14 @@ class Trainer:
         Raises:
             RunError: the gradient is not finite; the weights are unchanged.
         """
-        tensors = Batch.from_tensors(batch.tensors, recipe=self._recipe.name, step=step - 1)
+        parts = micro_batches(batch.tokens, batch.tensors["group"], self._settings.micro_batch_tokens)
+        given = batch.tensors
+        if "policy" in self._recipe.prepare_needs:
+            given = {**given, "logps": self._logps(batch, parts)}
+        tensors = Batch.from_tensors(given, recipe=self._recipe.name, step=step - 1)
         plan = prepare(self._recipe, tensors)
         outputs = []
-        for index in micro_batches(batch.tokens, batch.tensors["group"], self._settings.micro_batch_tokens):
+        for index in parts:
             logps = response_logps(self._model, batch.tokens.rows(index), self._settings.temperature)
             output = evaluate(self._recipe, tensors.rows(index, logps), plan.rows(index, logps.shape[1]))
             output.loss.backward()
@@ -109,6 +118,15 @@ class Trainer:
         self.optimizer.zero_grad()
         return {**metrics, "learning_rate": rate}
 
+    def _logps(self, batch: TrainingBatch, parts: Sequence[Tensor]) -> Tensor:
+        """[B, T] log-probabilities of the whole batch before the step, without gradient."""
+        logps = torch.zeros(batch.tokens.response_mask.shape)
+        with torch.no_grad():
+            for index in parts:
+                rows = response_logps(self._model, batch.tokens.rows(index), self._settings.temperature)
+                logps[index, : rows.shape[1]] = rows.cpu()
+        return logps
+
     def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
         return training_batch(tickets, self._tokenizer.pad_token_id or 0)
 
@@ -116,11 +134,16 @@ class Trainer:
         manifest, chunks = pack(policy_tensors(self._model), version=version, step=step)
         link.publish(manifest, chunks)
 
-    def checkpoint(self, link: RunLink, state: TrainState) -> Path:
+    def checkpoint(self, link: RunLink, state: TrainState) -> int:
+        """Saves and commits a checkpoint; its step."""
         directory = self._settings.checkpoints / f"step-{state.step:06d}"
         digest = save_checkpoint(directory, self._model, self.optimizer, state, self._tokenizer.save_pretrained)
         link.commit_checkpoint(directory, state, digest)
-        return directory
+        return state.step
+
+    def restore(self, directory: Path) -> TrainState:
+        """Takes weights and optimizer from a checkpoint."""
+        return load_checkpoint(directory, self._model, self.optimizer)
 
 
 def train(
@@ -132,9 +155,10 @@ def train(
     report: Callable[[Mapping[str, float]], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Trains from where `resume` says up to `settings.steps`.
+    """Trains from where `resume` says up to `settings.steps`, or until the run is asked to stop.
 
     Args:
+        resume: what `trainer` was restored to; its weights are published before the first step.
         report: told of every step's metrics; under Ray Train it is what keeps the worker group informed.
         clock: seconds, monotonic.
     Raises:
@@ -144,9 +168,17 @@ def train(
         raise RunError(f"the learner must have 1 worker in this version, got {world.size}")
     done = 0 if resume is None else resume.step
     last_publish_s = 0.0
+    saved = done
+    version = 0
+    if resume is not None:
+        version = link.restored(resume)
+        trainer.publish(link, version, done)
     for step in range(done + 1, settings.steps + 1):
         began = clock()
-        tickets, staleness = link.next_batch(step)
+        batch = link.next_batch(step)
+        if batch is None:
+            break
+        tickets, staleness = batch
         received = clock()
         metrics = trainer.step(trainer.training_batch(tickets), step)
         trained = clock()
@@ -154,7 +186,10 @@ def train(
             StepReport(step, received - began, trained - received, last_publish_s, metrics), staleness
         )
         trainer.publish(link, version, step)
-        if step % settings.checkpoint_every_steps == 0 or step == settings.steps:
-            trainer.checkpoint(link, TrainState(step, version))
+        done = step
+        if step % settings.checkpoint_every_steps == 0:
+            saved = trainer.checkpoint(link, TrainState(step, version))
         last_publish_s = clock() - trained
         report(metrics)
+    if saved < done:
+        trainer.checkpoint(link, TrainState(done, version))

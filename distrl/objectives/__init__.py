@@ -14,7 +14,7 @@ ranks do not change the result.
     plan = prepare(recipe, batch)
     outputs = []
     for index in micro_batches:  # [b] row numbers, whole groups
-        logps = policy_logps(index)  # [b, W] fresh, W up to T
+        logps = policy_logps(index)  # [b, W] fresh, W up to T; values and logits go beside it as `fresh`
         rows = batch.rows(index, logps)
         output = evaluate(recipe, rows, plan.rows(index, logps.shape[1]))
         output.loss.backward()
@@ -22,11 +22,11 @@ ranks do not change the result.
     optimizer.step()
     metrics = combine(outputs)
 
-Over ranks: each rank prepares the same global batch (mask, rewards and group suffice, the other tensors may
-be of its own rows only), keeps `plan.rows(own_index)` and `Batch.from_tensors(own_tensors, ...)`, and goes
-on as above. Its losses are parts of one sum: gradients are summed over ranks (where they are averaged,
-multiply the loss by the number of ranks). Metrics: sum `totals.sums` and take the largest of `totals.maxima`
-over ranks; `plan.metrics` are the same everywhere.
+Over ranks: each rank prepares the same global batch (mask and what the credit reads, mostly rewards and
+group; the other tensors may be of its own rows only), keeps `plan.rows(own_index)` and
+`Batch.from_tensors(own_tensors, ...)`, and goes on as above. Its losses are parts of one sum: gradients are
+summed over ranks (where they are averaged, multiply the loss by the number of ranks). Metrics: sum
+`totals.sums` and take the largest of `totals.maxima` over ranks; `plan.metrics` are the same everywhere.
 
 With several updates per batch the plan is made once, and `evaluate` weighs by the fresh log-probabilities
 each time.
@@ -34,9 +34,11 @@ each time.
 
 from distrl.objectives.batch import MODEL_TENSORS, Anchor, Batch
 from distrl.objectives.build import Option, build, options, recipe_names
+from distrl.objectives.checks import check
 from distrl.objectives.credit import Credit
-from distrl.objectives.evaluate import check, compute, evaluate, prepare, required_columns
+from distrl.objectives.evaluate import compute, evaluate, prepare, required_columns
 from distrl.objectives.recipe import LossOutput, Plan, Recipe, Term, Totals, combine
+from distrl.objectives.values import optimal_value
 
 __all__ = [
     "MODEL_TENSORS",
@@ -54,6 +56,7 @@ __all__ = [
     "combine",
     "compute",
     "evaluate",
+    "optimal_value",
     "options",
     "prepare",
     "recipe_names",

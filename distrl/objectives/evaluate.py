@@ -1,18 +1,19 @@
 """Evaluate a recipe: once per step on the whole batch (`prepare`), then on any part of it (`evaluate`)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from distrl.errors import ConfigError, SchemaError
+from distrl.errors import SchemaError
+from distrl.objectives.baselines import One
 from distrl.objectives.batch import Batch
 from distrl.objectives.build import build
-from distrl.objectives.credit import Constant, GroupMean
+from distrl.objectives.credit import Credited
 from distrl.objectives.losses import Score
-from distrl.objectives.ratios import Ratio
 from distrl.objectives.recipe import LossOutput, Plan, Recipe, Term, Totals, stack
-from distrl.objectives.tapers import SignedTruncate
+from distrl.objectives.schedules import Fixed
 
 
 def required_columns(recipe: Recipe) -> frozenset[str]:
@@ -25,54 +26,12 @@ def required_columns(recipe: Recipe) -> frozenset[str]:
     return recipe.needs
 
 
-def check(
-    recipe: Recipe,
-    *,
-    lowest_reward: float | None = None,
-    group_size: int | None = None,
-    produced: frozenset[str] | None = None,
-) -> None:
-    """Refuse a combination that would train something else than it says, before anything runs.
-
-    Args:
-        lowest_reward: smallest reward that the graders can give; None where it is unbounded or unknown.
-        group_size: responses per ticket.
-        produced: models and columns that the run produces, as in `required_columns`.
-
-    Raises:
-        ConfigError: no credit could be negative under a taper that gives credits >= 0 a constant weight,
-            which is supervised training on good responses; groups of one under a group baseline, whose
-            credit is always 0; or something that the recipe reads is not produced.
-    """
-    baseline = recipe.credit.baseline
-    if lowest_reward is not None and isinstance(baseline, Constant) and baseline.value <= lowest_reward:
-        for ratio in (weight for term in recipe.terms for weight in term.weights if isinstance(weight, Ratio)):
-            shape = ratio.shape
-            if isinstance(shape, SignedTruncate) and shape.a_plus == shape.b_plus:
-                raise ConfigError(
-                    f"{recipe.name}.baseline must be > the lowest reward {lowest_reward}, "
-                    f"got {baseline.value}; "
-                    "else no response is pushed down (supervised training on the others): "
-                    "use 0.5 for rewards in {0, 1}, or rewards in {-1, 1} with baseline 0"
-                )
-    if group_size is not None and isinstance(baseline, GroupMean) and group_size < baseline.smallest_group:
-        raise ConfigError(
-            f"{recipe.name} needs a group size >= {baseline.smallest_group}, got {group_size}; "
-            "a response alone in its group is its own mean and has credit 0: sample more responses per prompt"
-        )
-    missing = sorted(recipe.needs - produced) if produced is not None else []
-    if missing:
-        raise ConfigError(
-            f"{recipe.name} reads {', '.join(missing)}, which this run does not produce; "
-            "turn on what produces it, or the option off that reads it (kl_coefficient: 0 for the reference)"
-        )
-
-
 def prepare(recipe: Recipe, batch: Batch, last_metrics: Mapping[str, float] | None = None) -> Plan:
     """What one optimizer step needs to know of the whole global batch: credits, counts, coefficients.
 
-    Log-probabilities are read only by self-normalized terms: those under the proximal policy, or the current
-    ones, detached, where none are recorded. Every other recipe needs no forward pass before this.
+    Log-probabilities of the policy are read only where rewards, returns or self-normalized terms do: those
+    under the proximal policy, or the current ones, detached, where none are recorded. Every other recipe
+    needs no forward pass before this.
 
     Args:
         batch: every response of the step, over all micro-batches and ranks.
@@ -82,27 +41,24 @@ def prepare(recipe: Recipe, batch: Batch, last_metrics: Mapping[str, float] | No
         SchemaError: a tensor is missing or has the wrong shape.
     """
     batch.check(recipe.name)
-    columns = recipe.credit.needs
-    for term in recipe.terms:
-        columns |= term.where.needs if term.where is not None else frozenset()
-        columns |= term.needs if term.self_normalize else frozenset()
-    batch = batch.at_proximal()
-    batch.require(recipe.name, columns)
-    credit_BT, credit_B = recipe.credit(batch)
+    columns = recipe.prepare_needs
+    batch = replace(batch.at_proximal(), metrics=last_metrics or {})
+    batch.require(recipe.name, _given(recipe, columns))
+    if columns & recipe.anchors.keys():
+        batch = recipe.derive(batch)
+    credit = recipe.credit(batch)
     shares = []
     for term in recipe.terms:
         share = term.share(batch)
         if term.self_normalize:
-            share = share / _mean_weight(term, batch, credit_BT, share > 0)
+            share = share / _mean_weight(term, batch, credit.tokens, share > 0)
         shares.append(share)
-    coefficients = tuple(term.coefficient(batch.step, last_metrics or {}) for term in recipe.terms)
-    total = credit_B.abs().sum()
-    metrics = {
-        "credit_mean": credit_B.mean(),
-        "credit_zero": (credit_B == 0).double().mean(),
-        "effective_positives": credit_B.clamp(min=0).sum() / torch.where(total > 0, total, 1.0),
-    }
-    return Plan(credit_BT, tuple(shares), coefficients, stack(metrics))
+    coefficients = tuple(term.coefficient(batch.step, batch.metrics) for term in recipe.terms)
+    made = {}
+    if "values" in recipe.needs:
+        made = {"value_targets": credit.targets, "values_old": batch.column("values", torch.float64).detach()}
+    metrics = _plan_metrics(recipe, batch, credit, coefficients)
+    return Plan(credit.tokens, tuple(shares), coefficients, metrics, made, batch.columns.get("pairs"))
 
 
 def evaluate(recipe: Recipe, rows: Batch, plan: Plan) -> LossOutput:
@@ -110,7 +66,8 @@ def evaluate(recipe: Recipe, rows: Batch, plan: Plan) -> LossOutput:
 
     Args:
         rows: any whole groups of the batch that was prepared, in any order and split, with fresh
-        log-probabilities. plan: `plan.rows(index)` for the same rows; it may lie on another device.
+            log-probabilities, and fresh values and logits where the recipe reads them.
+        plan: `plan.rows(index)` for the same rows; it may lie on another device.
 
     Returns:
         Losses of parts add up to the loss of the whole, and so do their gradients.
@@ -119,13 +76,16 @@ def evaluate(recipe: Recipe, rows: Batch, plan: Plan) -> LossOutput:
         SchemaError: a tensor is missing or has the wrong shape, or the plan is of other rows.
     """
     rows.check(recipe.name)
-    rows.require(recipe.name, frozenset({"policy"}).union(*(term.needs for term in recipe.terms)))
+    rows.require(recipe.name, _given(recipe, frozenset({"policy"}).union(*(term.needs for term in recipe.terms))))
     if plan.credit.shape != rows.mask.shape:
         raise SchemaError(
             f"{recipe.name} needs a plan of the same rows, of shape {list(rows.mask.shape)} like the mask, "
             f"got {list(plan.credit.shape)}; pass plan.rows(index, width) with the index of batch.rows"
         )
-    credit = plan.credit.to(rows.mask.device, rows.dtype)
+    device = rows.mask.device
+    rows = replace(rows, columns={**rows.columns, **{name: x.to(device) for name, x in plan.columns.items()}})
+    rows = recipe.derive(rows)
+    credit = plan.credit.to(device, rows.dtype)
     loss: Tensor | float = 0.0
     per_unit: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
@@ -157,35 +117,70 @@ def compute(recipe: str | Recipe, tensors: Mapping[str, Tensor], *, step: int = 
     return evaluate(chosen, batch, prepare(chosen, batch))
 
 
+def _given(recipe: Recipe, names: frozenset[str]) -> frozenset[str]:
+    """What a batch has to bring for `names`: derived models replaced by what they are derived from."""
+    derived = (column.needs for name, column in recipe.anchors.items() if name in names)
+    return (names - recipe.anchors.keys()).union(*derived)
+
+
+def _plan_metrics(recipe: Recipe, batch: Batch, credit: Credited, coefficients: tuple[float, ...]) -> dict[str, float]:
+    """Of the whole batch: credits, and the coefficients that move or that the credit's scale divides."""
+    responses = credit.responses
+    total = responses.abs().sum()
+    values = {
+        "credit_mean": responses.mean(),
+        "credit_zero": (responses == 0).double().mean(),
+        "effective_positives": responses.clamp(min=0).sum() / torch.where(total > 0, total, 1.0),
+    }
+    strength = sum(penalty.strength(batch) for penalty in recipe.credit.penalties)
+    if recipe.credit.penalties and not isinstance(recipe.credit.scale, One):
+        scaled = torch.where(batch.mask, strength / credit.scale, 0.0)
+        values["effective_kl_coefficient"] = scaled.sum() / batch.mask.sum().clamp(min=1)
+    moving = {
+        f"coefficient_{term.name}": coefficient
+        for term, coefficient in zip(recipe.terms, coefficients, strict=True)
+        if not isinstance(term.coefficient, Fixed)
+    }
+    if any(not isinstance(penalty.coefficient, Fixed) for penalty in recipe.credit.penalties):
+        moving["coefficient_kl"] = strength
+    return stack(values) | moving
+
+
 def _unit_losses(term: Term, rows: Batch, credit_BT: Tensor) -> Tensor:
-    """[B, T] losses, whose value is the potential where the gradient is that of one."""
+    """The loss of each unit, its value the potential where the gradient is that of one.
+
+    That is the case for a score under one ratio of the policy; ratios of other models are constants.
+    """
     unit = term.loss(rows, credit_BT, term.weight(rows, credit_BT))
-    ratio = term.weights[0] if len(term.weights) == 1 else None
-    if not isinstance(term.loss, Score) or not isinstance(ratio, Ratio):
+    moving = [ratio for ratio in term.ratios if "policy" in (*ratio.of, *ratio.over)]
+    if not isinstance(term.loss, Score) or len(moving) != 1:
         return unit
-    potential = ratio.potential(rows, credit_BT)
+    potential = moving[0].potential(rows, credit_BT)
+    for weight in term.weights:
+        if potential is not None and weight is not moving[0]:
+            potential = potential * weight(rows, credit_BT)
     return unit if potential is None else unit - unit.detach() - credit_BT * potential
 
 
 def _mean_weight(term: Term, batch: Batch, credit_BT: Tensor, counted_BT: Tensor) -> Tensor:
-    """Mean weight over tokens, or over responses where all ratios are those of whole responses; 1 for 0."""
+    """Mean weight over tokens, or over responses where all ratios are those of whole responses; >= 1e-6."""
     weight = torch.where(counted_BT, term.weight(batch, credit_BT.to(batch.dtype)).double(), 0.0)
     count = counted_BT.double()
-    if all(isinstance(ratio, Ratio) and ratio.level in ("sequence", "mean") for ratio in term.weights):
+    if all(ratio.level in ("sequence", "mean") for ratio in term.ratios):
         lengths = count.sum(1, keepdim=True).clamp(min=1)
         weight, count = weight / lengths, count / lengths
-    mean = weight.sum() / count.sum().clamp(min=1)
-    return torch.where(mean > 0, mean, 1.0)
+    # A batch that is as good as lost to the policy is not blown up: a millionth bounds what its rows can gain.
+    return (weight.sum() / count.sum().clamp(min=1)).clamp(min=1e-6)
 
 
 def _totals(recipe: Recipe, rows: Batch, credit_BT: Tensor, losses: Mapping[str, Tensor]) -> Totals:
     """Sums and maxima over the rows; the exponentials are capped like those of the weights."""
     sums = dict(losses)
     maxima: dict[str, Tensor] = {}
-    ratios = [(term.name, weight) for term in recipe.terms for weight in term.weights if isinstance(weight, Ratio)]
+    ratios = [(term, ratio) for term in recipe.terms for ratio in term.ratios]
     for term, ratio in ratios:
-        for name, count in ratio.counts(rows, credit_BT).items():
-            key = name if name == "ratio_clamped" else f"{name}_{term}"
+        for name, count in ratio.counts(rows, term.gate_credit(rows, credit_BT)).items():
+            key = name if name == "ratio_clamped" else f"{name}_{term.name}"
             sums[key] = sums.get(key, torch.zeros_like(count)) + count
     mask = rows.mask
     policy = rows.log({"policy": 1.0}).detach().double()

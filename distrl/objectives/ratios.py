@@ -49,14 +49,21 @@ class Ratio:
     def needs(self) -> frozenset[str]:
         return frozenset({*self.of, *self.over})
 
+    def live_log_ratio(self, batch: Batch) -> Tensor:
+        """[B, T] log ratio at this level, uncapped, with the policy's gradient, 0 where the mask is False."""
+        return self.at_level(batch, batch.log(self.of) - batch.log(self.over))
+
     def log_ratio(self, batch: Batch) -> Tensor:
-        """[B, T] log ratio at this level, uncapped, detached, 0 where the mask is False."""
-        token = (batch.log(self.of) - batch.log(self.over)).detach()
+        """The log ratio without gradient."""
+        return self.live_log_ratio(batch).detach()
+
+    def at_level(self, batch: Batch, token_BT: Tensor) -> Tensor:
+        """[B, T] logs of token ratios summed or averaged over the learnable tokens as the level says."""
         if self.level == "token":
-            return token
+            return token_BT
         if self.level == "prefix":
-            return torch.where(batch.mask, token.cumsum(1), 0.0)
-        total = token.sum(1, keepdim=True)
+            return torch.where(batch.mask, token_BT.cumsum(1), 0.0)
+        total = token_BT.sum(1, keepdim=True)
         if self.level == "mean":
             total = total / batch.mask.sum(1, keepdim=True).clamp(min=1)
         return torch.where(batch.mask, total, 0.0)

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from distrl.errors import ConfigError
-from distrl.objectives.batch import Batch, check_width
-from distrl.objectives.credit import Column, Credit
+from distrl.objectives.batch import Batch, check_width, pairs_among
+from distrl.objectives.columns import Column
+from distrl.objectives.credit import Credit
 from distrl.objectives.losses import Loss
-from distrl.objectives.ratios import Weight
+from distrl.objectives.ratios import Ratio, Weight
+from distrl.objectives.regularized import Regularized
 from distrl.objectives.schedules import Fixed, Schedule
+from distrl.objectives.upkeep import Upkeep
 
 Per = Literal["token", "sequence_mean", "sequence_sum"]
 
@@ -31,7 +34,8 @@ class Term:
     ones."""
     per: Per = "token"
     """token: sum / tokens. sequence_mean: mean over responses of the mean over tokens. sequence_sum: mean
-    over responses of the sum over tokens."""
+    over responses of the sum over tokens. A loss of pairs is averaged over the pairs, whatever stands
+    here."""
     divisor: float = 1.0
     """Divides the term once more, for example by the largest response length (Dr. GRPO)."""
     coefficient: Schedule = field(default_factory=lambda: Fixed(1.0))
@@ -47,6 +51,16 @@ class Term:
         """Models and columns that the term reads of the rows it is evaluated on."""
         return self.loss.needs.union(*(weight.needs for weight in self.weights))
 
+    @property
+    def ratios(self) -> tuple[Ratio, ...]:
+        """The importance ratios that the term is weighted or clipped by."""
+        ratios = tuple(weight for weight in self.weights if isinstance(weight, Ratio))
+        return (*ratios, self.loss.ratio) if isinstance(self.loss, Regularized) else ratios
+
+    def gate_credit(self, batch: Batch, credit_BT: Tensor) -> Tensor:
+        """[B, T] the credit whose sign chooses the side of a taper."""
+        return self.loss.regularized_credit(batch, credit_BT) if isinstance(self.loss, Regularized) else credit_BT
+
     def weight(self, batch: Batch, credit_BT: Tensor) -> Tensor:
         """[B, T] product of the weights, 1 without any, 0 where the mask is False."""
         total = batch.mask.to(batch.dtype)
@@ -55,14 +69,18 @@ class Term:
         return total.detach()
 
     def share(self, batch: Batch) -> Tensor:
-        """What the loss of each token of the global batch is multiplied with, apart from weight and
+        """What the loss of each unit of the global batch is multiplied with, apart from weight and
         coefficient.
 
         Returns:
+            [N] float64, 1 / pairs, for a loss of pairs; else
             [B, T] float64: 1 / tokens for `token`, 1 / (responses * tokens of the response) for
             `sequence_mean`, 1 / responses for `sequence_sum`, 0 where the token does not count. Responses
             without a counted token are not counted.
         """
+        if self.loss.unit == "pair":
+            pairs = len(batch.columns["pairs"])
+            return torch.full((pairs,), 1.0 / max(pairs, 1) / self.divisor, dtype=torch.float64)
         counted = batch.mask
         if self.where is not None:
             chosen = self.where(batch).bool()
@@ -90,6 +108,16 @@ class Recipe:
     the taper's potential under the behavior policy, or the enumeration of whole groups."""
     credit: Credit
     terms: tuple[Term, ...]
+    summary: str = ""
+    """What it does, in a sentence."""
+    formula: str = ""
+    """What is ascended or descended, in plain text."""
+    note: str = ""
+    """What in it is ours or differs from its source; never empty for a reconstruction."""
+    anchors: Mapping[str, Column] = field(default_factory=dict)
+    """Models that are derived from other tensors instead of being run."""
+    upkeep: Mapping[str, Upkeep] = field(default_factory=dict)
+    """How the system keeps the models that move."""
     options: Mapping[str, float | str] = field(default_factory=dict)
     """The options it was built with, defaults included."""
 
@@ -98,7 +126,25 @@ class Recipe:
         """Models and columns that a run must produce for it; see `required_columns`."""
         terms = frozenset[str]().union(*(term.needs for term in self.terms))
         chosen = frozenset[str]().union(*(term.where.needs for term in self.terms if term.where is not None))
-        return self.credit.needs | terms | chosen
+        derived = frozenset[str]().union(*(column.needs for column in self.anchors.values()))
+        return ((self.credit.needs | terms | chosen) - self.anchors.keys()) | derived
+
+    @property
+    def prepare_needs(self) -> frozenset[str]:
+        """Models and columns that `prepare` reads of the whole batch. With "policy" among them a learner has to make a
+        forward pass before it, unless proximal log-probabilities are recorded."""
+        columns = self.credit.needs
+        for term in self.terms:
+            columns |= term.where.needs if term.where is not None else frozenset()
+            columns |= term.needs if term.self_normalize else frozenset()
+            columns |= frozenset({"pairs"}) if term.loss.unit == "pair" else frozenset()
+        return columns
+
+    def derive(self, batch: Batch) -> Batch:
+        """The batch with the models that are derived instead of run."""
+        if not self.anchors:
+            return batch
+        return replace(batch, models={**batch.models, **{name: make(batch) for name, make in self.anchors.items()}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +154,16 @@ class Plan:
     credit: Tensor
     """[B, T] float64, 0 where the mask is False."""
     shares: tuple[Tensor, ...]
-    """One [B, T] float64 per term, see `Term.share`; global counts are in it already, so parts are simply
-    added."""
+    """One [B, T] or [N] float64 per term, see `Term.share`; global counts are in it already, so parts are
+    simply added."""
     coefficients: tuple[float, ...]
     """One per term."""
     metrics: Mapping[str, float]
     """Metrics of the whole batch that no part could compute."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B, T] columns that were made from the whole batch, for losses to read: value_targets, values_old."""
+    pairs: Tensor | None = None
+    """[N, 2] the pairs of the batch, of which `rows` keeps those among its rows."""
 
     def rows(self, index: Tensor, width: int | None = None) -> "Plan":
         """The plan of the responses at `index`.
@@ -127,12 +177,20 @@ class Plan:
         """
         index = index.to(self.credit.device)
         width = self.credit.shape[1] if width is None else width
+        inside, pairs = (None, None) if self.pairs is None else pairs_among(self.pairs, index.to(self.pairs.device))
+        shares = []
         for share in self.shares:
+            if share.ndim == 1:
+                shares.append(share if inside is None else share[inside.to(share.device)])
+                continue
             check_width(share[index] > 0, width)
+            shares.append(share[index, :width])
         return replace(
             self,
             credit=self.credit[index, :width],
-            shares=tuple(share[index, :width] for share in self.shares),
+            shares=tuple(shares),
+            columns={name: column[index, :width] for name, column in self.columns.items()},
+            pairs=pairs,
         )
 
 
@@ -196,7 +254,7 @@ class LossOutput:
     loss: Tensor
     """Scalar with gradient: the rows' part of the global loss. Add the parts; divide by nothing."""
     per_unit: Mapping[str, Tensor]
-    """By term, the loss of each token [B, T] before share and coefficient; detached."""
+    """By term, the loss of each token [B, T] or pair [N] before share and coefficient; detached."""
     metrics: Mapping[str, float]
     """Of these rows, and of the whole batch where the plan has them. Not additive: use `combine`."""
     totals: Totals

@@ -109,19 +109,52 @@ class SignedTruncate:
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """Masked importance sampling: the ratio itself inside a band, nothing outside.
+
+        phi(r) = r where low <= r <= high,  0 elsewhere;  H(r) = min(max(r, low), high)
+
+    IcePop, Ling team 2025 (arXiv:2510.18855). A masked token still counts in the divisor of the loss, so
+    that masking does not enlarge the others.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.low <= 1.0 <= self.high:
+            raise ConfigError(
+                f"mask.low must be in [0, 1] and mask.high >= 1, got low {self.low} and high {self.high}; "
+                "else an unchanged policy would learn nothing: 0.5 and 5 are usual"
+            )
+
+    def weight(self, log_ratio: Tensor, credit: Tensor, /) -> Tensor:
+        return torch.where(self.at_bound(log_ratio, credit), 0.0, log_ratio.exp())
+
+    def potential(self, log_ratio: Tensor, credit: Tensor, /) -> Tensor:
+        return log_ratio.exp().clamp(self.low, self.high)
+
+    def at_bound(self, log_ratio: Tensor, credit: Tensor, /) -> Tensor:
+        ratio = log_ratio.exp()
+        return (ratio < self.low) | (ratio > self.high)
+
+
+@dataclass(frozen=True, slots=True)
 class PPOClip:
     """The clipped surrogate of PPO as a taper: the ratio, until it has moved far enough in the wanted
     direction.
 
-        phi(r) = r where A >= 0 and r < 1 + high, or A < 0 and r > 1 - low;  0 elsewhere
-        H(r) = min(r, 1 + high) where A >= 0,  max(r, 1 - low) where A < 0
+        phi(r) = r where A >= 0 and r < 1 + high, or A < 0 and 1 - low < r < dual;  0 elsewhere
+        H(r) = min(r, 1 + high) where A >= 0,  min(max(r, 1 - low), dual) where A < 0
 
     A H(r) = min(r A, clip(r, 1 - low, 1 + high) A), eq. 7 of Schulman et al. 2017 (arXiv:1707.06347);
-    separate bounds as in DAPO (arXiv:2503.14476).
+    separate bounds as in DAPO (arXiv:2503.14476). A finite `dual` > 1 bounds the push on tokens that became
+    much more likely although they were bad (Ye et al. 2019, arXiv:1912.09729).
     """
 
     low: float = 0.2
     high: float = 0.2
+    dual: float = math.inf
 
     def __post_init__(self) -> None:
         if not 0.0 < self.low <= 1.0 or not self.high > 0.0:
@@ -130,14 +163,18 @@ class PPOClip:
                 f"got low {self.low} and high {self.high}; "
                 "both are distances from 1, and 0.2 is the usual value"
             )
+        if not self.dual > 1.0:
+            raise ConfigError(f"ppo_clip.dual must be > 1, got {self.dual}; 3 is usual, .inf turns it off")
 
     def weight(self, log_ratio: Tensor, credit: Tensor, /) -> Tensor:
         return torch.where(self.at_bound(log_ratio, credit), 0.0, log_ratio.exp())
 
     def potential(self, log_ratio: Tensor, credit: Tensor, /) -> Tensor:
         ratio = log_ratio.exp()
-        return torch.where(credit >= 0, ratio.clamp(max=1.0 + self.high), ratio.clamp(min=1.0 - self.low))
+        bad = ratio.clamp(1.0 - self.low, self.dual)
+        return torch.where(credit >= 0, ratio.clamp(max=1.0 + self.high), bad)
 
     def at_bound(self, log_ratio: Tensor, credit: Tensor, /) -> Tensor:
         ratio = log_ratio.exp()
-        return torch.where(credit >= 0, ratio >= 1.0 + self.high, ratio <= 1.0 - self.low)
+        bad = (ratio <= 1.0 - self.low) | (ratio >= self.dual)
+        return torch.where(credit >= 0, ratio >= 1.0 + self.high, bad)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from distrl.errors import DataError
 from distrl.tasks.config import DataConfig
-from distrl.tasks.problem import Task
-from distrl.tasks.rows import Row, Rows, make_task, short
+from distrl.tasks.problem import Problem, Task
+from distrl.tasks.rows import Row, Rows, distinct_problems, make_task, short
 
 
 def load_jsonl(config: DataConfig) -> Task:
@@ -17,6 +17,17 @@ def load_jsonl(config: DataConfig) -> Task:
     """
     heldout = None if config.heldout_path is None else _rows("data.heldout_path", config.heldout_path)
     return make_task(_rows("data.path", config.path or ""), heldout, config)
+
+
+def read_problems(setting: str, path: str, config: DataConfig) -> tuple[Problem, ...]:
+    """The distinct problems of one file, in its order, with the keys of `config`.
+
+    Args:
+        setting: where the path was set, for messages.
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or has a line that is broken.
+    """
+    return distinct_problems(_rows(setting, path), config)
 
 
 def _rows(setting: str, path: str) -> Rows:

@@ -3,18 +3,24 @@
 from collections.abc import Callable
 
 from distrl.tasks.chat import as_conversations
-from distrl.tasks.columns import load_hf_dataset, load_parquet
 from distrl.tasks.config import DataConfig, Source
 from distrl.tasks.gym import load_reasoning_gym
 from distrl.tasks.jsonl import load_jsonl
 from distrl.tasks.problem import Task
 from distrl.tasks.sort_digits import load_sort_digits
 
+
+def _load_columns(config: DataConfig) -> Task:
+    from distrl.tasks.columns import load_hf_dataset, load_parquet  # pyarrow, which the command line starts without
+
+    return load_parquet(config) if config.source == "parquet" else load_hf_dataset(config)
+
+
 _LOADERS: dict[Source, Callable[[DataConfig], Task]] = {
     "sort_digits": load_sort_digits,
     "jsonl": load_jsonl,
-    "parquet": load_parquet,
-    "hf_dataset": load_hf_dataset,
+    "parquet": _load_columns,
+    "hf_dataset": _load_columns,
     "reasoning_gym": load_reasoning_gym,
 }
 

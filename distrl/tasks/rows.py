@@ -47,12 +47,20 @@ def make_task(train_rows: Rows, heldout_rows: Rows | None, config: DataConfig) -
         _check_disjoint(train, heldout, train_rows, heldout_rows)
     else:
         train, heldout = _split(train, config)
-    distinct = {p.prompt_id: p for _, p in heldout}
     return Task(
         _first("data.train_size", [p for _, p in train], config.train_size),
-        _first("data.heldout_size", list(distinct.values()), config.heldout_size),
+        _first("data.heldout_size", _distinct(heldout), config.heldout_size),
         "exact",
     )
+
+
+def distinct_problems(rows: Rows, config: DataConfig) -> tuple[Problem, ...]:
+    """The distinct problems of one file, in its order; errors as for `make_task`."""
+    return tuple(_distinct(_problems(rows, config)))
+
+
+def _distinct(problems: Numbered) -> list[Problem]:
+    return list({problem.prompt_id: problem for _, problem in problems}.values())
 
 
 def short(value: object) -> str:

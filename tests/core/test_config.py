@@ -57,6 +57,7 @@ def test_relative_paths_count_from_the_directory_in_which_the_config_was_read(
             "run.name=a b",
             "run.name must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', got 'a b'",
         ),
+        ("model.path=", "model.path must not be empty; fill it in or pass model.path=..."),
         ("model.path=3", "model.path: Input is not a valid path for <class 'pathlib.Path'>, got 3"),
         ("format=2", "format must be 1, got 2"),
         ("train=3", "train must be a valid dictionary or instance of TrainConfig, got 3"),
@@ -232,7 +233,6 @@ def test_derived_values_follow_from_the_keys() -> None:
     )
     assert config.sampling == SamplingParams(9, 0.5, top_p=1.0, top_k=0)
     assert config.admission == Admission(3, 4)
-    assert config.generation_concurrency == 6  # 6 groups of 8 fit into 50 slots
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -1,15 +1,15 @@
 """The command line as a user meets it: what it prints and how it exits."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deploy import cli
+from deploy.exit_codes import EXIT_REFUSED
 from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
+from tests.deploy.commands import call
 
 
 @pytest.fixture
@@ -26,14 +26,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["distrl", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def test_validate_says_in_words_what_would_run(
@@ -107,7 +99,7 @@ def test_a_run_that_would_not_do_what_it_says_is_refused_with_status_2(
     message: str,
 ) -> None:
     for command in ("validate", "train"):
-        assert call(monkeypatch, command, str(config), *overrides) == cli.EXIT_REFUSED
+        assert call(monkeypatch, command, str(config), *overrides) == EXIT_REFUSED
         assert capsys.readouterr().err == message + "\n"
     assert not (config.parent / "runs").exists()
 
@@ -117,10 +109,10 @@ def test_a_run_never_overwrites_another(
 ) -> None:
     taken = config.parent / "runs" / "mine"
     taken.mkdir(parents=True)
-    assert call(monkeypatch, "train", str(config)) == cli.EXIT_FAILED
+    assert call(monkeypatch, "train", str(config)) == EXIT_REFUSED
     assert capsys.readouterr().err == (
-        f"RunError: run.name: the directory {taken} must not exist yet, a run never overwrites another; choose a new "
-        "name with run.name=... or delete it\n"
+        f"RefusedError: run.name: the directory {taken} must not exist yet, a run never overwrites another; choose a "
+        "new name with run.name=... or delete it\n"
     )
 
 

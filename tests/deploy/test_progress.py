@@ -13,7 +13,9 @@ SUMMARY = {
     "heldout_accuracy_before_standard_error": 0.0135,
     "heldout_accuracy_after": 0.7,
     "heldout_accuracy_after_standard_error": 0.0143,
-    "heldout_problems": 1024,
+    "heldout_problems_before": 1024,
+    "heldout_problems_after": 1024,
+    "state": "finished",
     "steps": 20,
     "rollouts": 640,
     "wall_s": 61.4,
@@ -69,8 +71,8 @@ def test_plain_lines_tell_the_first_step_each_tenth_and_each_evaluation() -> Non
         "tickets",
         "held-out accuracy 0.400 ± 0.030 on 256 problems at step 10",
         "",
-        "Held-out accuracy on 1024 problems: 0.250 ± 0.013 before, 0.700 ± 0.014 after 20 steps",
-        "640 rollouts in 61 s; largest staleness 2; the learner waited 12% of its time",
+        "Held-out accuracy on 1024 problems: 0.250 ± 0.013 before, 0.700 ± 0.014 after",
+        "640 rollouts and 20 steps in 61 s; largest staleness 2; the learner waited 12% of its time",
         "All of it: runs/mine/summary.json",
     ]
 

@@ -25,7 +25,7 @@ def grpo_gradient(logits: Tensor, rewards: Tensor, size: int) -> Tensor:
         "rewards": rewards[groups.flatten()],
         "group": torch.arange(len(groups)).repeat_interleave(size),
     }
-    return gradient(expected(build("grpo", epsilon=0.0), tensors, probability).loss, logits)
+    return gradient(expected(build("grpo", epsilon=0.0, kl_coefficient=0.0), tensors, probability).loss, logits)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -70,7 +70,7 @@ def credits(rewards: list[float], group: list[int], **options: float) -> list[fl
         },
         recipe="grpo",
     )
-    return prepare(build("grpo", **options), batch).credit[:, 0].tolist()
+    return prepare(build("grpo", kl_coefficient=0.0, **options), batch).credit[:, 0].tolist()
 
 
 def test_binary_credits_are_the_odds_of_the_group() -> None:

@@ -40,7 +40,22 @@ def message(error: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def test_the_recipes_that_are_there() -> None:
-    assert recipe_names() == ("grpo", "topr")
+    assert recipe_names() == (
+        *(
+            "a_star_po",
+            "cispo",
+            "dapo",
+            "decoupled_ppo",
+            "dr_grpo",
+            "grpo",
+            "gspo",
+            "icepop",
+            "is",
+            "nash_md",
+            "nash_mp",
+        ),
+        *("online_ipo", "ppo", "reinforce", "reinforce_pp", "rloo", "rpg", "tis", "topr"),
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -54,8 +69,8 @@ def test_the_reference_is_needed_only_with_a_kl() -> None:
     topr = {"policy", "behavior", "rewards"}
     assert required_columns(build("topr")) == topr
     assert required_columns(build("topr", kl_coefficient=0.1)) == topr | {"reference"}
-    assert required_columns(build("grpo")) == topr | {"group"}
-    assert required_columns(build("grpo", kl_coefficient=0.04)) == topr | {"group", "reference"}
+    assert required_columns(build("grpo", kl_coefficient=0.0)) == topr | {"group"}
+    assert required_columns(build("grpo")) == topr | {"group", "reference"}
 
 
 def test_a_recipe_by_name_has_its_defaults() -> None:
@@ -65,13 +80,17 @@ def test_a_recipe_by_name_has_its_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "chosen", "text"),
     [
-        ("ppo2", {}, "objective.recipe must be the name of a recipe, got 'ppo2'; the recipes are grpo, topr"),
+        (
+            "ppo2",
+            {},
+            f"objective.recipe must be the name of a recipe, got 'ppo2'; the recipes are {', '.join(recipe_names())}",
+        ),
         (
             "grpo",
             {"beta": 0.04},
             "grpo.beta is not an option of the recipe grpo, got 0.04; "
             "its options are clip_high, clip_low, epsilon, "
-            "kl_coefficient, kl_estimator, max_log_ratio",
+            "kl_coefficient, kl_estimator, kl_rows, kl_top_k, max_log_ratio",
         ),
         (
             "topr",
@@ -107,11 +126,12 @@ DOCUMENT: dict[str, object] = {
     [
         (
             {"credit": {"scale": "median"}},
-            "mine.credit.scale must be one scale by name, got 'median'; known: group_std, one",
+            "mine.credit.scale must be one scale by name, got 'median'; known: batch_std, group_std, one",
         ),
         (
             {"credit": {"base": "one"}},
-            "mine.credit.base is not known, got 'one'; known here: rewards, returns, baseline, scale",
+            "mine.credit.base is not known, got 'one'; "
+            "known here: rewards, returns, baseline, scale, scale_includes_kl",
         ),
         (
             {"terms": [{"name": "policy", "loss": "score", "per": "batch"}]},
@@ -177,11 +197,11 @@ def test_grpo_with_groups_of_one_is_refused() -> None:
 
 def test_a_run_that_does_not_score_the_reference_cannot_have_a_kl() -> None:
     produced = frozenset({"policy", "behavior", "rewards", "group"})
-    check(build("grpo"), produced=produced)
+    check(build("grpo", kl_coefficient=0.0), produced=produced)
     with pytest.raises(ConfigError) as error:
         check(build("grpo", kl_coefficient=0.04), produced=produced)
     assert message(error) == (
-        "grpo reads reference, which this run does not produce; "
+        "grpo reads reference (from the reference scorer), which this run does not produce; "
         "turn on what produces it, or the option off that reads it (kl_coefficient: 0 for the reference)"
     )
 

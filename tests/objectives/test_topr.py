@@ -21,6 +21,7 @@ def enumerate_topr(
         "behavior_logps": mu,
         "mask": torch.ones_like(logps, dtype=torch.bool),
         "rewards": rewards,
+        "group": torch.zeros(len(logps), dtype=torch.int64),
     }
     loss = expected(recipe, tensors, mu.sum(1).exp()).loss
     return loss, gradient(loss, logits)
@@ -119,18 +120,18 @@ def test_a_constant_baseline_adds_a_push_away_from_the_behavior_policy() -> None
     close(-shifted, -without + 0.3 * gradient(divergence, logits))
 
 
+SEQUENCE = {"level": "sequence", "baseline": "none"}
 MU = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.1, -1.0, 0.5], dtype=torch.float64)
 
 
-def ascend(steps: int, **options: float) -> Tensor:
+def ascend(steps: int, recipe: Recipe | None = None, rate: float = 4.0) -> Tensor:
     """log pi of four arms after plain gradient ascent from mu at learning rate 4."""
     logits = MU.log()[None].clone().requires_grad_()
-    recipe = build("topr", baseline=0.0, **options)
     for _ in range(steps):
-        _, slope = enumerate_topr(recipe, logits, MU.log()[None], REWARDS, 1)
+        _, slope = enumerate_topr(recipe or build("topr", baseline=0.0), logits, MU.log()[None], REWARDS, 1)
         with torch.no_grad():
-            logits -= 4.0 * slope
+            logits -= rate * slope
     return logits.detach().log_softmax(1)[0]
 
 
@@ -144,17 +145,47 @@ def test_the_limit_is_the_reward_weighted_good_part_of_the_behavior_policy() -> 
         distances.append(float((target[good] * (target[good].log() - log_pi[good])).sum()))
     assert distances[0] > 3 * distances[1] > 9 * distances[2] > 0.0
     assert distances[2] < 5e-3
+    log_pi = ascend(1000, rate=16.0)[target > 0]
+    good = target[target > 0]
+    assert float((good * (good.log() - log_pi)).sum()) < 1e-3
+
+
+def test_topr_with_equal_intervals_is_naive_reinforce_and_symmetric_ones_are_tis() -> None:
+    logits, behavior = parameters(4, 2, seed=1), parameters(4, 2, seed=2)
+    rewards = random(16, seed=3)
+    pairs = [
+        ({"a_plus": 1.0, "b_plus": 1.0, "a_minus": 1.0, "b_minus": 1.0}, build("reinforce")),
+        ({"a_plus": 0.0, "b_plus": 1.3, "a_minus": 0.0, "b_minus": 1.3}, build("tis", **SEQUENCE, high=1.3)),
+        ({"a_plus": 0.0, "b_plus": math.inf, "a_minus": 0.0, "b_minus": math.inf}, build("is")),
+    ]
+    for options, other in pairs:
+        taper = enumerate_topr(build("topr", baseline=0.0, **options), logits, behavior, rewards, 2)[1]
+        close(taper, enumerate_topr(other, logits, behavior, rewards, 2)[1])
+
+
+def test_the_naive_gradient_pulls_to_the_good_part_and_pushes_from_the_bad_part_of_the_sampler() -> None:
+    # grad J = -R+ grad KL(mu+ || pi) + R- grad KL(mu- || pi).
+    logits, behavior = parameters(4, 2, seed=1), parameters(4, 2, seed=2)
+    rewards = random(16, seed=3)
+    _, slope = enumerate_topr(build("reinforce"), logits, behavior, rewards, 2)
+    mu, log_pi = token_logps(behavior, 2).detach().sum(1).exp(), token_logps(logits, 2).sum(1)
+    total = torch.zeros_like(logits)
+    for sign in (1.0, -1.0):
+        part = mu * (sign * rewards).clamp(min=0)
+        # grad KL(part / mass || pi) = -grad sum part / mass log pi
+        total += sign * part.sum() * gradient((part / part.sum() * log_pi).sum(), logits)
+    close(-slope, total)
 
 
 def test_truncated_importance_sampling_has_another_limit() -> None:
     # pi = R mu / lam where R > lam, else 0: lam = .45 gives (.8889, 0, 0, .1111). The weak good arm is
     # dropped.
-    pi = ascend(800, a_plus=0.0, b_plus=1.0).exp()
+    pi = ascend(800, build("tis", level="sequence", high=1.0, baseline="none")).exp()
     torch.testing.assert_close(pi, torch.tensor([8 / 9, 0.0, 0.0, 1 / 9], dtype=torch.float64), atol=5e-3, rtol=0)
 
 
 def test_without_a_taper_a_bad_arm_falls_without_bound_and_linearly() -> None:
-    first, second = ascend(200, a_minus=1.0), ascend(400, a_minus=1.0)
+    first, second = ascend(200, build("reinforce")), ascend(400, build("reinforce"))
     # d J / d z = mu R - pi sum(mu R): its logit falls by 4 * .2 per step, that of the winning arm, whose pi
     # is 1 by then, rises by 4 (.4 - .28).
     assert float(first[2] - second[2]) == pytest.approx(200 * 4 * (0.2 + 0.12), rel=1e-6)

@@ -62,17 +62,29 @@ class InProcessRun:
     async def learn(self, step: int) -> BatchGrant:
         """One step of a learner that publishes the step's number as its only weight."""
         grant = await self.coordinator.next_batch(step)
+        assert grant is not None
         await self.finish_step(grant)
         return grant
+
+    async def restore(self, step: int) -> None:
+        """What a learner does that was restored to a checkpoint of `step`: publishes its weights again."""
+        version = await self.coordinator.restored(step)
+        await self._publish(version, step)
 
     async def finish_step(self, grant: BatchGrant) -> None:
         report = StepReport(grant.step, 0.0, 0.0, 0.0, {"loss": 0.0})
         version = await self.coordinator.trained(report, {t.ticket_id: t.staleness for t in grant.tickets})
-        manifest, chunks = pack({"weight": torch.tensor([float(grant.step)])}, version=version, step=grant.step)
+        await self._publish(version, grant.step)
+
+    async def checkpoint(self, step: int, version: int) -> None:
+        await self.coordinator.commit_checkpoint(f"step-{step}", step, version, "0" * 64)
+
+    async def _publish(self, version: int, step: int) -> None:
+        manifest, chunks = pack({"weight": torch.tensor([float(step)])}, version=version, step=step)
         for index, chunk in enumerate(chunks):
             await self.store.add_chunk(version, index, chunk)
         await self.store.publish(manifest)
-        await self.coordinator.published(version, grant.step, manifest.sha256)
+        await self.coordinator.published(version, step, manifest.sha256)
 
 
 def ticket_of(request: SampleRequest) -> int:
@@ -100,6 +112,7 @@ def build(
     attempts: int = 2,
     drops_in_a_row: int = 8,
     grading_tickets_per_call: int = 1,
+    evaluate_every_steps: int = 0,
     draw: Callable[[int], Problem] = _number,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
@@ -128,7 +141,7 @@ def build(
         sync_timeout_s=10,
         ready_bytes=1 << 30,
         drops_in_a_row=drops_in_a_row,
-        evaluate_every_steps=0,
+        evaluate_every_steps=evaluate_every_steps,
     )
     heldout = [draw(9)]
     prompts = Prompts(draw, heldout, heldout)

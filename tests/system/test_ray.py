@@ -11,7 +11,10 @@ import pyarrow as pa
 import pytest
 import ray
 
-from deploy.run import run_training, start_ray
+from deploy.progress import Silent
+from deploy.run import resume_training, run_training
+from deploy.run_dir import RunDir
+from deploy.start import start_ray
 from distrl.config import Config, make_config
 from distrl.errors import RunError
 from distrl.models import TinyArchitecture, make_tiny_model
@@ -121,17 +124,38 @@ def test_the_last_checkpoint_is_a_model_directory_that_transformers_loads(finish
     assert AutoTokenizer.from_pretrained(directory, local_files_only=True).eos_token_id is not None
 
 
-def test_two_synchronous_runs_of_one_seed_agree_to_the_last_bit(running_ray: None, model: Path, tmp_path: Path) -> None:
-    summaries, weights = [], []
-    for name in ("first", "second"):
-        settings = config(model, tmp_path, name, **{"train.max_staleness": 0, "train.steps": 4})
-        summaries.append(run_training(settings))
-        weights.append((settings.run_dir / "checkpoints" / "step-000004" / "model.safetensors").read_bytes())
-        assert summaries[-1]["max_observed_staleness"] == 0
+def test_a_synchronous_run_that_is_stopped_and_resumed_ends_with_the_weights_of_one_that_was_not(
+    running_ray: None, model: Path, tmp_path: Path
+) -> None:
+    """Two runs of one seed, two generation actors: the same to the last bit, though one of them is cut in two."""
+    changes = {"train.max_staleness": 0, "train.steps": 5, "evaluation.every_steps": 0}
+    whole = config(model, tmp_path, "whole", **changes)
+    summaries = [run_training(whole)]
+    parts = config(model, tmp_path, "parts", **changes)
+    stopped = run_training(parts, StopAfter(parts.run_dir, step=2))
+    assert stopped["state"] == "stopped"
+    assert 2 <= stopped["steps"] < 5
+    summaries.append(resume_training(parts.run_dir))
+
+    weights = [(c.run_dir / "checkpoints" / "step-000005" / "model.safetensors").read_bytes() for c in (whole, parts)]
     assert weights[0] == weights[1]
-    before, after = ([s[f"heldout_accuracy_{when}"] for s in summaries] for when in ("before", "after"))
-    assert before[0] == before[1]
-    assert after[0] == after[1]
+    for key in ("state", "steps", "rollouts", "heldout_accuracy_before", "heldout_accuracy_after", "tickets"):
+        assert summaries[0][key] == summaries[1][key], key
+    assert query(parts.run_dir, "SELECT state, COUNT(*), MAX(staleness) FROM tickets GROUP BY state") == [
+        ("committed", 30, 0)
+    ]
+
+
+class StopAfter(Silent):
+    """Asks a run to stop when it sees a step; what `distrl stop` does."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._stop = RunDir(run_dir).stop_request
+        self._step = step
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        if snapshot["step"] >= self._step:
+            self._stop.touch()
 
 
 def test_a_learner_that_cannot_load_the_model_ends_the_run_with_its_cause(

@@ -1,0 +1,96 @@
+"""The tickets between issue and training: which there are, which a step may take, whether more may be issued."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from actors.flight import Flight
+from distrl.staleness import Admission, Outstanding
+
+
+class Flights:
+    """Bookkeeping of the coordinator; decides nothing that `Admission` does not.
+
+    Args:
+        on_stale: `wait` or `keep`, see `distrl.config.TrainConfig`.
+        ready_bytes: size of the sampled rollouts beyond which no ticket is issued.
+        trained_steps: optimizer steps that an earlier process has trained.
+    """
+
+    def __init__(self, admission: Admission, on_stale: str, ready_bytes: int, trained_steps: int) -> None:
+        self._admission = admission
+        self._on_stale = on_stale
+        self._ready_bytes = ready_bytes
+        self._trained_steps = trained_steps
+        self._unreleased = 0  # trained, but their step's weights are not published yet
+        self.under_way: dict[int, Flight] = {}
+        """Issued, not yet granted to the learner."""
+        self.granted: dict[int, Flight] = {}
+        """In the learner's hands."""
+
+    @property
+    def outstanding(self) -> int:
+        """Tickets that fill the window."""
+        return len(self.under_way) + len(self.granted) + self._unreleased
+
+    def wanted(self, steps: int) -> int:
+        """Tickets still to be issued for a run of `steps`."""
+        asked_for = (steps - self._trained_steps) * self._admission.tickets_per_step
+        return asked_for - len(self.under_way) - len(self.granted)
+
+    def may_issue(self) -> bool:
+        ready = sum(f.ready for f in self.under_way.values())
+        return self._admission.may_issue(self.outstanding, ready) and not self._is_full()
+
+    def _is_full(self) -> bool:
+        sampled = [f.bytes for f in self.under_way.values() if f.bytes]
+        return len(sampled) >= self._admission.tickets_per_step and sum(sampled) >= self._ready_bytes
+
+    def add(self, flight: Flight) -> None:
+        self.under_way[flight.ticket.ticket_id] = flight
+
+    def remove(self, flight: Flight) -> None:
+        self.under_way.pop(flight.ticket.ticket_id, None)
+
+    def choose(self, step: int) -> list[Flight]:
+        """The batch of the step that starts at learner step `step`, in the order of ticket ids; empty: not yet."""
+        size = self._admission.tickets_per_step
+        if self._on_stale == "keep":
+            ready = sorted(f.ticket.ticket_id for f in self.under_way.values() if f.ready)
+            batch: Sequence[int] = ready[:size] if len(ready) >= size else []
+        else:
+            outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self.under_way.values()]
+            batch = self._admission.choose(outstanding, step).batch
+        return [self.under_way[i] for i in batch]
+
+    def grant(self, flight: Flight) -> None:
+        ticket_id = flight.ticket.ticket_id
+        self.granted[ticket_id] = self.under_way.pop(ticket_id)
+
+    def trained(self, step: int, ticket_ids: Iterable[int]) -> list[Flight]:
+        """The learner has trained these tickets in step number `step`; they fill the window until `release`."""
+        flights = [self.granted.pop(i) for i in ticket_ids]
+        self._unreleased += len(flights)
+        self._trained_steps = step
+        return flights
+
+    def release(self) -> None:
+        """The weights of the trained tickets' step are published."""
+        self._unreleased = 0
+
+    def report(self, now: float) -> dict[str, Any]:
+        """Tickets by stage, and the one that has been where it is for longest."""
+        stages: dict[str, int] = {}
+        for flight in self.under_way.values():
+            stages[flight.stage] = stages.get(flight.stage, 0) + 1
+        waiting = [f for f in self.under_way.values() if not f.ready]
+        oldest = min(waiting, key=lambda f: f.stage_since_s, default=None)
+        return {
+            "stages": stages,
+            "granted": len(self.granted),
+            "oldest": oldest
+            and {
+                "ticket": oldest.ticket.ticket_id,
+                "stage": oldest.stage,
+                "since_s": now - oldest.stage_since_s,
+            },
+        }

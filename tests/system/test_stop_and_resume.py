@@ -1,0 +1,192 @@
+"""A run that is stopped goes on where it was: no ticket twice, none lost, the same rollouts when synchronous."""
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distrl.errors import LedgerError, RunError
+from distrl.ledger import Ledger
+from distrl.sampling import SampleRequest
+from tests.system.in_process import InProcessRun, build, states, ticket_of, until
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+async def stop(system: InProcessRun, step: int) -> None:
+    """Asks for a stop after `step`; the learner gets no further batch."""
+    await system.coordinator.request_stop()
+    assert await system.coordinator.next_batch(step + 1) is None
+    system.ledger.close()
+
+
+async def rows(system: InProcessRun, steps: range) -> list[Any]:
+    """Trains steps and returns the content of their rollouts."""
+    found = []
+    for step in steps:
+        for ticket in (await system.learn(step)).tickets:
+            batch = ticket.generation.value
+            found.append(batch.select(["rollout_id", "response_token_ids", "behavior_logps"]).to_pydict())
+    return found
+
+
+def test_a_synchronous_run_in_two_parts_trains_the_rollouts_of_the_whole_run(tmp_path: Path) -> None:
+    # The fake engine's tokens depend on the version's number, which a resumed run does not reuse: versions 0 to 2 are
+    # the same in both, so the parts are cut where the second begins with tickets that are in the journal already.
+    async def whole() -> list[Any]:
+        system = build(tmp_path / "whole", steps=3, max_staleness=0)
+        await system.coordinator.start()
+        return await rows(system, range(1, 4))
+
+    async def first() -> list[Any]:
+        system = build(tmp_path / "parts", steps=3, max_staleness=0)
+        await system.coordinator.start()
+        found = await rows(system, range(1, 3))
+        await system.checkpoint(2, version=2)
+        await until(lambda: states(system) == {"committed": 4, "ready": 2})
+        await stop(system, 2)
+        return found
+
+    async def second() -> list[Any]:
+        system = build(tmp_path / "parts", steps=3, max_staleness=0)
+        await system.coordinator.start()
+        await system.restore(2)
+        found = await rows(system, range(3, 4))
+        await system.coordinator.done.wait()
+        assert states(system) == {"committed": 4, "trained": 2}
+        return found
+
+    assert run(first()) + run(second()) == run(whole())
+
+
+def test_what_was_being_sampled_is_sampled_again_as_the_same_ticket_and_prompt(tmp_path: Path) -> None:
+    async def first() -> None:
+        async def never(request: SampleRequest) -> None:
+            if ticket_of(request) == 3:
+                await asyncio.Event().wait()
+
+        system = build(tmp_path, steps=4, tickets_per_step=2, max_staleness=1, gate=never)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        await until(lambda: states(system).get("issued") == 1 and states(system).get("ready", 0) >= 1)
+        await stop(system, 1)
+
+    async def second() -> list[int]:
+        system = build(tmp_path, steps=4, tickets_per_step=2, max_staleness=1)
+        await system.coordinator.start()
+        await system.restore(1)
+        trained = [t.ticket_id for step in (2, 3, 4) for t in (await system.learn(step)).tickets]
+        await system.coordinator.done.wait()
+        row = system.ledger._db.execute("SELECT prompt_id FROM tickets WHERE ticket_id = 3").fetchone()
+        assert row[0] == system.coordinator._prompts.draw(3).prompt_id
+        return trained
+
+    run(first())
+    trained = run(second())
+    assert sorted(trained) == [2, 3, 4, 5, 6, 7]
+
+
+def test_staleness_counts_steps_and_publishing_again_adds_none(tmp_path: Path) -> None:
+    async def first() -> None:
+        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        await until(lambda: states(system).get("ready", 0) >= 2)
+        await stop(system, 1)
+
+    async def second() -> dict[int, int]:
+        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
+        await system.coordinator.start()
+        await system.restore(1)
+        grant = await system.coordinator.next_batch(2)
+        assert grant is not None
+        # Versions: 0, then 1 after step 1, then 2, which are the weights of 1 published again.
+        assert sorted(system.ledger.versions()) == [0, 1, 2]
+        oldest = {
+            t.ticket_id: min(v for row in t.generation.value.column("policy_versions").to_pylist() for v in row)
+            for t in grant.tickets
+        }
+        assert {t.ticket_id: t.staleness for t in grant.tickets} == {
+            i: {0: 1, 1: 0, 2: 0}[v] for i, v in oldest.items()
+        }
+        return oldest
+
+    run(first())
+    run(second())
+
+
+def test_a_damaged_journal_file_ends_the_resume_with_its_name(tmp_path: Path) -> None:
+    async def first() -> None:
+        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        await until(lambda: states(system).get("ready", 0) >= 2)
+        await stop(system, 1)
+
+    async def second() -> tuple[str, str]:
+        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
+        with Path(named).open("r+b") as file:
+            file.write(b"X")
+        await system.coordinator.start()
+        await until(lambda: system.coordinator._fatal is not None)
+        return str(system.coordinator._fatal), named
+
+    run(first())
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    query = "SELECT journal_file FROM tickets WHERE state = 'ready' ORDER BY ticket_id LIMIT 1"
+    named = ledger._db.execute(query).fetchone()[0]
+    ledger.close()
+    message, name = run(second())
+    assert message.startswith(f"journal file {name}: must have sha256 ")
+    assert message.endswith("; the file was damaged")
+
+
+def test_a_learner_restored_to_another_step_than_the_ledgers_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=3)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        await stop(system, 1)
+        again = build(tmp_path, steps=3)
+        await again.coordinator.start()
+        with pytest.raises(RunError) as error:
+            await again.coordinator.restored(2)
+        assert str(error.value) == "the learner must go on from step 1, the ledger's last checkpoint, got 2"
+
+    run(scenario())
+
+
+def test_the_ledger_does_not_go_back_behind_a_committed_checkpoint(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=3)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        with pytest.raises(LedgerError) as error:
+            system.ledger.recover(0)
+        assert str(error.value) == "the ledger has a checkpoint of step 1, it cannot go back to step 0"
+
+    run(scenario())
+
+
+def test_tickets_trained_after_the_checkpoint_are_ready_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=3, tickets_per_step=2)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        second = [t.ticket_id for t in (await system.learn(2)).tickets]
+        recovery = system.ledger.recover(1)
+        assert set(second) <= {kept.ticket_id for kept in recovery.ready}
+        assert states(system)["committed"] == 2
+        assert "trained" not in states(system)
+
+    run(scenario())
