@@ -137,6 +137,7 @@ def build(
         ready_bytes=1 << 30,
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=evaluate_every_steps,
+        keep_checkpoints=2,
     )
     heldout = [Problem.of("9", "9")]
     prompts = Prompts(lambda ticket_id: Problem.of(str(ticket_id), str(ticket_id)), heldout, heldout)
