@@ -15,11 +15,7 @@ from distrl.tasks import load_task, prompt_index
 
 
 class CoordinatorActor(Coordinator):
-    """`Coordinator` over the handles of the other actors.
-
-    Args:
-        left_out: ids of the prompts that the driver found to be too long; it has the tokenizer, this process has not.
-    """
+    """`Coordinator` over the handles of the other actors."""
 
     def __init__(
         self,
@@ -28,14 +24,6 @@ class CoordinatorActor(Coordinator):
         handles: dict[str, list[Any]],
         left_out: frozenset[str] = frozenset(),
     ) -> None:
-        task = load_task(config.data).without(left_out)
-        seed, size = config.run.seed, len(task.train)
-        heldout = task.heldout[: config.evaluation.problems]
-        prompts = Prompts(
-            draw=lambda ticket_id: task.train[prompt_index(seed, ticket_id, size)],
-            heldout=heldout,
-            heldout_during=heldout[: config.evaluation.problems_during],
-        )
         pools = {}
         for stage, capacity in (
             ("generation", config.generation.slots),
@@ -56,11 +44,27 @@ class CoordinatorActor(Coordinator):
         super().__init__(
             coordinator_settings(config),
             Ledger(run_dir.ledger),
-            prompts,
+            make_prompts(config, left_out),
             pipeline,
             Recorder(run_dir.metrics, time.time),
             time.time,
         )
+
+
+def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:
+    """What tickets and evaluations draw from; the same in every process.
+
+    Args:
+        left_out: ids of the prompts that the driver found to be too long; it has the tokenizer, this process has not.
+    """
+    task = load_task(config.data).without(left_out)
+    seed, size = config.run.seed, len(task.train)
+    heldout = task.heldout[: config.evaluation.problems]
+    return Prompts(
+        draw=lambda ticket_id: task.train[prompt_index(seed, ticket_id, size)],
+        heldout=heldout,
+        heldout_during=heldout[: config.evaluation.problems_during],
+    )
 
 
 def pipeline_limits(config: Config) -> PipelineLimits:

@@ -92,6 +92,10 @@ def ticket_of(request: SampleRequest) -> int:
     return int(request.request_id[1:].split(".")[0]) if request.request_id.startswith("p") else -1
 
 
+def _number(ticket_id: int) -> Problem:
+    return Problem.of(str(ticket_id), str(ticket_id))
+
+
 def build(
     directory: Path,
     *,
@@ -109,6 +113,7 @@ def build(
     drops_in_a_row: int = 8,
     grading_tickets_per_call: int = 1,
     evaluate_every_steps: int = 0,
+    draw: Callable[[int], Problem] = _number,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
@@ -139,8 +144,8 @@ def build(
         evaluate_every_steps=evaluate_every_steps,
         keep_checkpoints=2,
     )
-    heldout = [Problem.of("9", "9")]
-    prompts = Prompts(lambda ticket_id: Problem.of(str(ticket_id), str(ticket_id)), heldout, heldout)
+    heldout = [draw(9)]
+    prompts = Prompts(draw, heldout, heldout)
     coordinator = Coordinator(settings, ledger, prompts, pipeline, Recorder(None, _clock()), _clock())
     return InProcessRun(coordinator, ledger, store, engines, pipeline)
 
