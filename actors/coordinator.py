@@ -5,6 +5,7 @@ knows whether the stages are actors or objects in the same process.
 """
 
 import asyncio
+import shutil
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class CoordinatorSettings:
     ready_bytes: int
     drops_in_a_row: int
     evaluate_every_steps: int
+    keep_checkpoints: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +376,14 @@ class Coordinator:
         """A checkpoint is complete on disk: its tickets are committed with it."""
         tickets = self._ledger.commit_checkpoint(path, step=step, version=version, sha256=sha256)
         self._recorder.event("checkpoint", f"step {step}, {tickets} tickets committed: {path}")
+        # The ledger gives a checkpoint up before its files go: a crash between the two leaves files, not a gap.
+        for old in self._ledger.remove_checkpoints(self._settings.keep_checkpoints):
+            try:
+                await asyncio.to_thread(shutil.rmtree, old.path)
+            except OSError as error:
+                self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}")
+            else:
+                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}")
 
     async def _follow(self, member: Member) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound."""

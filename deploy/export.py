@@ -67,7 +67,8 @@ def checkpoints(run_dir: RunDir) -> list[Checkpoint]:
     # By row, neither by time nor by step: clocks go back, and so do steps after a rollback.
     query = (
         "SELECT path, step, version, sha256, (SELECT accuracy FROM evaluations WHERE evaluations.step ="
-        " checkpoints.step ORDER BY evaluation DESC LIMIT 1) FROM checkpoints ORDER BY checkpoints.rowid"
+        " checkpoints.step ORDER BY evaluation DESC LIMIT 1) FROM checkpoints WHERE removed_s IS NULL"
+        " ORDER BY checkpoints.rowid"
     )
     # Read only, a run that goes on must not be touched. One without a write-ahead log has no writer; said so, SQLite
     # makes no files beside it, and it can be read where the folder is not ours.

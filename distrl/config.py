@@ -141,6 +141,8 @@ class TrainConfig(_Section):
     """Most padded tokens of one forward and backward pass; larger batches accumulate gradients."""
     checkpoint_every_steps: int = Field(20, ge=1)
     """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept, beside the one with the best held-out accuracy at its step."""
 
 
 class EvaluationConfig(_Section):

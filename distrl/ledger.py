@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS journal_files (
     created_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS checkpoints (
     path TEXT PRIMARY KEY, step INTEGER NOT NULL, version INTEGER NOT NULL REFERENCES versions(version),
-    sha256 TEXT NOT NULL, created_s REAL NOT NULL);
+    sha256 TEXT NOT NULL, created_s REAL NOT NULL, removed_s REAL);
 CREATE TABLE IF NOT EXISTS tickets (
     ticket_id INTEGER PRIMARY KEY, redraw INTEGER NOT NULL, prompt_id TEXT NOT NULL, state TEXT NOT NULL,
     attempts INTEGER NOT NULL, issued_s REAL NOT NULL, generated_s REAL, ready_s REAL,
@@ -201,7 +201,7 @@ class Ledger:
         """
         with self._transaction():
             self._db.execute(
-                "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?)", (path, step, version, sha256, self._clock())
+                "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, NULL)", (path, step, version, sha256, self._clock())
             )
             tickets = [
                 r["ticket_id"]
@@ -270,10 +270,32 @@ class Ledger:
         return checkpoints[-1] if checkpoints else None
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The committed checkpoints, the newest last; one that the ledger does not name does not exist."""
+        """The checkpoints that are there, the newest last; one that the ledger does not name does not exist."""
         # In the order of commits: the clock may go back between two of them.
-        rows = self._db.execute("SELECT path, step, version, sha256 FROM checkpoints ORDER BY rowid")
+        rows = self._db.execute(
+            "SELECT path, step, version, sha256 FROM checkpoints WHERE removed_s IS NULL ORDER BY rowid"
+        )
         return [Checkpoint(**dict(r)) for r in rows]
+
+    def remove_checkpoints(self, keep: int) -> list[Checkpoint]:
+        """Gives up all checkpoints but the newest `keep` and the best, the caller may delete them.
+
+        The best is the latest of those whose step has the highest held-out accuracy. Their rows stay, with the time.
+        """
+        there = self.checkpoints()
+        accuracy = {
+            r["step"]: r["accuracy"]
+            for r in self._db.execute("SELECT step, accuracy FROM evaluations ORDER BY evaluation")
+        }
+        measured = [c for c in there if c.step in accuracy]
+        best = max(measured, key=lambda c: (accuracy[c.step], c.step), default=None)
+        given_up = [c for c in there[:-keep] if c != best]
+        with self._transaction():
+            for checkpoint in given_up:
+                self._db.execute(
+                    "UPDATE checkpoints SET removed_s = ? WHERE path = ?", (self._clock(), checkpoint.path)
+                )
+        return given_up
 
     def state(self, ticket_id: int) -> TicketState:
         row = self._db.execute("SELECT state FROM tickets WHERE ticket_id = ?", (ticket_id,)).fetchone()

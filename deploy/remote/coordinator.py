@@ -94,4 +94,5 @@ def coordinator_settings(config: Config) -> CoordinatorSettings:
         ready_bytes=config.limits.ready_bytes,
         drops_in_a_row=config.limits.drops_in_a_row,
         evaluate_every_steps=config.evaluation.every_steps,
+        keep_checkpoints=config.train.keep_checkpoints,
     )

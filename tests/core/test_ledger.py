@@ -372,3 +372,30 @@ def test_evaluations_come_back_in_order(ledger: Ledger) -> None:
     found = ledger.evaluations()
     assert [(r["evaluation"], r["name"], r["step"]) for r in found] == [(1, "before", 0), (2, "after", 9)]
     assert {k: v for k, v in found[0].items() if k not in ("evaluation", "finished_s")} == evaluation
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", clock=lambda: 7.0)
+    ledger.allocate_version(None, 0)
+    common = {"name": "during", "oldest_version": 0, "newest_version": 0, "problems": 4, "responses": 4, "failed": 0}
+    given_up = []
+    for step, accuracy in ((10, 0.25), (20, 0.5), (30, 0.5), (40, 0.25), (50, 0.75), (60, None)):
+        ledger.commit_checkpoint(f"step-{step}", step=step, version=0, sha256="0" * 64)
+        if accuracy is not None:
+            numbers = {"step": step, "accuracy": accuracy, "standard_error": 0.1, "reward_mean": accuracy}
+            ledger.record_evaluation({**common, **numbers})
+        given_up += [c.step for c in ledger.remove_checkpoints(keep=2)]
+    # 30 is the best until 50 comes, the later of two equals; 50 is both best and among the newest at the end.
+    assert given_up == [10, 20, 30, 40]
+    assert [c.step for c in ledger.checkpoints()] == [50, 60]
+    removed = ledger._db.execute("SELECT step, removed_s FROM checkpoints WHERE removed_s IS NOT NULL").fetchall()
+    assert [tuple(row) for row in removed] == [(10, 7.0), (20, 7.0), (30, 7.0), (40, 7.0)]
+
+
+def test_without_an_evaluation_only_the_newest_are_kept(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.allocate_version(None, 0)
+    for step in (1, 2, 3):
+        ledger.commit_checkpoint(f"step-{step}", step=step, version=0, sha256="0" * 64)
+    assert [c.step for c in ledger.remove_checkpoints(keep=1)] == [1, 2]
+    assert [c.step for c in ledger.remove_checkpoints(keep=1)] == []

@@ -142,6 +142,7 @@ def build(
         ready_bytes=1 << 30,
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=evaluate_every_steps,
+        keep_checkpoints=2,
     )
     heldout = [draw(9)]
     prompts = Prompts(draw, heldout, heldout)
