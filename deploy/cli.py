@@ -1,5 +1,6 @@
 """The command line; most commands have a module of their own in `deploy.commands`."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -131,9 +132,11 @@ app.command()(recipes)
 def main() -> None:
     """Entry point of the `distrl` command; `deploy.exit_codes` says what the exit status means."""
     from deploy.guard import check_packages
+    from distrl.rewards import importable_from
 
     try:
         check_packages()
+        importable_from(os.getcwd())
         app(standalone_mode=True)
     except DistrlError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)

@@ -2,11 +2,16 @@
 
 from actors.grading import Grading
 from distrl.config import Config
-from distrl.rewards import make_grader
+from distrl.rewards import importable_from, make_grader
 
 
 class GradingActor(Grading):
-    """`Grading` with the run's grader."""
+    """`Grading` with the run's grader.
 
-    def __init__(self, config: Config, grader_name: str) -> None:
+    Args:
+        folder: where the run was started; a grader of the user's own may be a module there.
+    """
+
+    def __init__(self, config: Config, grader_name: str, folder: str) -> None:
+        importable_from(folder)
         super().__init__(grader_name, make_grader(grader_name), config.grading.concurrency)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints and how it exits."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,15 @@ def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, capsys:
     for command in ("quickstart", "train", "validate"):
         assert call(monkeypatch, command, "--help") == 0
         assert f"Example: distrl {command} " in capsys.readouterr().out
+
+
+def test_a_grader_in_the_current_folder_is_found_and_shadows_no_installed_package(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "my_own_rewards.py").write_text("def grade(response, answer, metadata):\n    return 1.0\n")
+    (config.parent / "numpy.py").write_text("raise ImportError('not the real one')\n")
+    monkeypatch.chdir(config.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert call(monkeypatch, "validate", str(config), "reward.grader=my_own_rewards:grade") == 0
+    assert "my_own_rewards:grade" in capsys.readouterr().out
+    assert sys.path[-1] == str(config.parent)
