@@ -36,7 +36,7 @@ fix: $(READY) ## Format and mend what ruff can
 	@$(BIN)/ruff format .
 
 bench: $(READY) ## Benchmarks; JSON lines
-	@$(BIN)/python -m benchmarks.latency_hiding
+	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
 
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from distrl.errors import StageError
+from distrl.errors import RunError, StageError
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
@@ -21,6 +21,9 @@ FLUSH_S = 0.05
 """Rollouts wait at most this long for others to share a file with."""
 FLUSH_BYTES = 16 << 20
 """A file is written as soon as this much waits."""
+
+
+REMEDY = "make room, then go on with distrl resume"
 
 
 @dataclass(slots=True)
@@ -54,7 +57,7 @@ class Journal:
         """Joins a ticket's columns and writes them; returns when the file is safe.
 
         Raises:
-            SchemaError: a stage's batch lacks a rollout. OSError: the disk refused.
+            SchemaError: a stage's batch lacks a rollout. RunError: the disk refused.
         """
         loop = asyncio.get_running_loop()
         entry = _Entry(join(generation, grading, reference), loop.create_future())
@@ -94,16 +97,22 @@ class Journal:
             self._files += 1
             try:
                 receipt = await asyncio.to_thread(_write_file, path, [e.rollouts for e in entries])
-            except BaseException as error:
-                for entry in entries:
-                    if not entry.written.done():
-                        entry.written.set_exception(error)
-                if not isinstance(error, OSError):
-                    raise
+            except OSError as error:
+                # No fault of the tickets: a disk that is full or read-only ends the run, and drops none of them.
+                _refuse(entries, RunError(f"journal file {path}: cannot be written: {error.strerror}; {REMEDY}"))
                 return
+            except BaseException as error:
+                _refuse(entries, error)
+                raise
         for entry in entries:
             if not entry.written.done():
                 entry.written.set_result(receipt)
+
+
+def _refuse(entries: list[_Entry], error: BaseException) -> None:
+    for entry in entries:
+        if not entry.written.done():
+            entry.written.set_exception(error)
 
 
 def _write_file(path: Path, batches: list[pa.RecordBatch]) -> JournalReceipt:

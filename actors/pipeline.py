@@ -10,7 +10,7 @@ from actors.calls import Caller
 from actors.coalescer import Coalescer
 from actors.flight import Flight
 from actors.pool import Member, Pool
-from distrl.errors import DistrlError
+from distrl.errors import DistrlError, RunError
 from distrl.messages import GenerationReceipt, JournalReceipt
 from distrl.tickets import DropReason
 
@@ -164,11 +164,17 @@ class Pipeline:
         flight.reference = rows if self.reference is not None else None
 
     async def _attempts(self, flight: Flight, reason: DropReason, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Makes a call until it succeeds, at most `limits.attempts` times, with a growing delay between."""
+        """Makes a call until it succeeds, at most `limits.attempts` times, with a growing delay between.
+
+        Raises:
+            TicketFailedError: every attempt failed. RunError: the run cannot go on, whatever the ticket.
+        """
         delay_s = self._limits.retry_delay_s
         for left in reversed(range(self._limits.attempts)):
             try:
                 return await attempt()
+            except RunError:
+                raise  # no fault of the ticket, and no other attempt mends it
             except DistrlError as error:
                 self.on_failure(flight, error)
                 if not left:

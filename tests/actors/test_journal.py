@@ -11,7 +11,7 @@ import pytest
 
 import actors.journal
 from actors.journal import Journal
-from distrl.errors import SchemaError
+from distrl.errors import RunError, SchemaError
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
@@ -117,7 +117,12 @@ def test_a_disk_that_refuses_is_an_error_for_everyone_who_waits_and_leaves_no_fi
         nonlocal refuse
         journal = Journal(tmp_path)
         found = await append_all(journal, 0, 1)
-        assert [str(e) for e in found] == ["[Errno 28] No space left on device"] * 2
+        assert [type(e) for e in found] == [RunError] * 2
+        for error in found:
+            assert str(error).startswith(f"journal file {tmp_path}/")
+            assert str(error).endswith(
+                ".arrow: cannot be written: No space left on device; make room, then go on with distrl resume"
+            )
         assert ".arrow" not in files(tmp_path)  # nothing has the name of a complete file
 
         refuse = False
@@ -133,7 +138,9 @@ def test_a_directory_that_vanished_is_an_error_for_everyone_who_waits(tmp_path: 
         journal = Journal(tmp_path / "journal")
         (tmp_path / "journal").rmdir()
         (tmp_path / "journal").write_text("a file in its place")
-        assert [type(e) for e in await append_all(journal, 0, 1)] == [NotADirectoryError] * 2
+        found = await append_all(journal, 0, 1)
+        assert [type(e) for e in found] == [RunError] * 2
+        assert all("cannot be written: Not a directory; " in str(e) for e in found)
 
     run(scenario())
 

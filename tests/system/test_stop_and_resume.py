@@ -1,6 +1,8 @@
 """A run that is stopped goes on where it was: no ticket twice, none lost, the same rollouts when synchronous."""
 
 import asyncio
+import errno
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,45 @@ def test_tickets_trained_after_the_checkpoint_are_ready_again(tmp_path: Path) ->
         assert "trained" not in states(system)
 
     run(scenario())
+
+
+async def learn_on(system: InProcessRun, step: int) -> None:
+    while True:
+        await system.learn(step)
+        step += 1
+
+
+def test_a_full_disk_ends_the_run_drops_no_ticket_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def first() -> str:
+        system = build(tmp_path, steps=3, tickets_per_step=2)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        with monkeypatch.context() as patched:
+            patched.setattr("actors.journal.os.fsync", full)
+            with pytest.raises(RunError) as error:
+                await learn_on(system, 2)
+        assert "dropped" not in states(system)
+        system.ledger.close()
+        return str(error.value)
+
+    async def second() -> list[int]:
+        system = build(tmp_path, steps=3, tickets_per_step=2)
+        await system.coordinator.start()
+        await system.restore(1)
+        trained = [t.ticket_id for step in (2, 3) for t in (await system.learn(step)).tickets]
+        await system.coordinator.done.wait()
+        assert states(system) == {"committed": 2, "trained": 4}
+        return trained
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = run(first())
+    assert message.startswith(f"journal file {tmp_path}/journal/")
+    assert message.endswith(
+        ".arrow: cannot be written: No space left on device; make room, then go on with distrl resume"
+    )
+    assert len(set(run(second()))) == 4
