@@ -70,6 +70,27 @@ def response_logps(model: nn.Module, tokens: PaddedTokens, temperature: float) -
     Returns:
         [B, T] float32 in nats, differentiable; 0 where there is no response token.
     """
+    logits = _response_logits(model, tokens, temperature)
+    return _chosen(logits, torch.logsumexp(logits, dim=2), tokens)
+
+
+def logps_and_entropy(model: nn.Module, tokens: PaddedTokens, temperature: float) -> tuple[Tensor, Tensor]:
+    """`response_logps`, and the entropy of the distribution that each response token was drawn from.
+
+    Returns:
+        Log-probabilities as `response_logps`, and -sum_v p_v log p_v [B, T] in nats, detached; 0 where there is no
+        response token.
+    """
+    logits = _response_logits(model, tokens, temperature)
+    normalizer = torch.logsumexp(logits, dim=2)
+    with torch.no_grad():
+        entropy = normalizer - (torch.softmax(logits, dim=2) * logits).sum(2)
+        entropy = torch.where(tokens.response_mask, entropy, torch.zeros_like(entropy))
+    return _chosen(logits, normalizer, tokens), entropy
+
+
+def _response_logits(model: nn.Module, tokens: PaddedTokens, temperature: float) -> Tensor:
+    """[B, T, V] float32 logits over the temperature, at the positions that give the response tokens."""
     T = tokens.response_mask.shape[1]
     P = tokens.input_ids.shape[1] - T
     padding = P - tokens.prompt_lengths
@@ -83,9 +104,13 @@ def response_logps(model: nn.Module, tokens: PaddedTokens, temperature: float) -
         use_cache=False,
         logits_to_keep=T + 1,
     )
-    logits = output.logits[:, :-1].float() / temperature
-    chosen = logits.gather(2, tokens.input_ids[:, P:, None])[..., 0]
-    logps = chosen - torch.logsumexp(logits, dim=2)
+    logits: Tensor = output.logits[:, :-1].float() / temperature
+    return logits
+
+
+def _chosen(logits: Tensor, normalizer: Tensor, tokens: PaddedTokens) -> Tensor:
+    P = tokens.input_ids.shape[1] - tokens.response_mask.shape[1]
+    logps = logits.gather(2, tokens.input_ids[:, P:, None])[..., 0] - normalizer
     return torch.where(tokens.response_mask, logps.clamp(max=0.0), torch.zeros_like(logps))
 
 

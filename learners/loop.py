@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distrl.errors import RunError
-from distrl.logps import response_logps
+from distrl.logps import logps_and_entropy, response_logps
 from distrl.manifest import pack
 from distrl.messages import Chunk, Manifest, StepReport
 from distrl.objectives import Batch, Recipe, combine, evaluate, prepare
@@ -87,7 +87,8 @@ class Trainer:
         """One optimizer step on a global batch; `step` is its number, the first is 1.
 
         Returns:
-            Metrics of the objective, with the gradient's norm before clipping and the learning rate.
+            Metrics of the objective, with the gradient's norm before clipping, the mean entropy of the policy at a
+            response token (nats) and the learning rate.
         Raises:
             RunError: the gradient is not finite; the weights are unchanged.
         """
@@ -98,13 +99,21 @@ class Trainer:
         tensors = Batch.from_tensors(given, recipe=self._recipe.name, step=step - 1)
         plan = prepare(self._recipe, tensors)
         outputs = []
+        entropy = 0.0
         for index in parts:
-            logps = response_logps(self._model, batch.tokens.rows(index), self._settings.temperature)
+            tokens = batch.tokens.rows(index)
+            logps, entropies = logps_and_entropy(self._model, tokens, self._settings.temperature)
+            entropy += float(entropies.double().sum())
             output = evaluate(self._recipe, tensors.rows(index, logps), plan.rows(index, logps.shape[1]))
             output.loss.backward()
             outputs.append(output)
         norm = clip_gradient(self._model, self._settings.optimizer.max_grad_norm)
-        metrics = {**plan.metrics, **combine(outputs), "grad_norm": norm}
+        metrics = {
+            **plan.metrics,
+            **combine(outputs),
+            "grad_norm": norm,
+            "entropy": entropy / batch.response_tokens,
+        }
         if not torch.isfinite(torch.tensor(norm)):
             self.optimizer.zero_grad()
             raise RunError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from distrl.logps import pad_lists, pad_rollouts, response_logps, split_rows
+from distrl.logps import logps_and_entropy, pad_lists, pad_rollouts, response_logps, split_rows
 from tests.builders import generation_batch
 
 torch.set_num_threads(1)
@@ -217,3 +217,20 @@ def test_the_gradient_is_that_of_the_unpadded_sequences_and_finite(model: Qwen3F
         torch.testing.assert_close(padded[name], parameter.grad, rtol=0, atol=2e-6 * scale, msg=name)
         assert scale > 0, name
     model.zero_grad()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_entropy_is_that_of_the_whole_distribution_at_each_response_token(
+    model: Qwen3ForCausalLM, temperature: float
+) -> None:
+    tokens = pad_rollouts(rollouts(), PAD)
+    logps, entropy = logps_and_entropy(model, tokens, temperature)
+    assert not entropy.requires_grad
+    assert torch.equal(logps, response_logps(model, tokens, temperature))
+    assert torch.equal(entropy[~tokens.response_mask], torch.zeros(int((~tokens.response_mask).sum())))
+    with torch.no_grad():
+        for row, (prompt, response) in enumerate(sequences()):
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+            table = torch.distributions.Categorical(logits=logits.double() / temperature).entropy()
+            expected = table[len(prompt) - 1 : len(prompt) + len(response) - 1]
+            torch.testing.assert_close(entropy[row, : len(response)].double(), expected, atol=1e-5, rtol=1e-5)

@@ -131,6 +131,7 @@ def test_a_recipe_learns_to_begin_with_the_wanted_token(model: Path, tmp_path: P
     assert link.checkpoints == [15, 20]
     for report in link.reports:
         assert all(np.isfinite(value) for value in report.metrics.values()), report.metrics
+        assert 0 <= report.metrics["entropy"] <= np.log(7)  # of seven tokens
         # Sampled from the weights that are trained: all ratios of policy to behavior are 1.
         assert report.metrics.get("ratio_mean", 1.0) == pytest.approx(1.0, abs=1e-3)
     assert np.mean(link.rewards[-3:]) > np.mean(link.rewards[:3]) + 0.3
