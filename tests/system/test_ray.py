@@ -10,16 +10,20 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
+import torch
 
+from deploy.export import export
 from deploy.progress import Silent
 from deploy.run import resume_training, run_training
 from deploy.run_dir import RunDir
 from deploy.start import start_ray
 from distrl.config import Config, make_config
 from distrl.errors import RunError
-from distrl.models import TinyArchitecture, make_tiny_model
+from distrl.manifest import pack
+from distrl.models import TinyArchitecture, load_model, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
+from distrl.weights import policy_tensors
 
 pytestmark = pytest.mark.ray
 
@@ -114,6 +118,14 @@ def test_the_first_step_is_on_policy_by_its_importance_ratios(finished: Path) ->
     # Engine and learner compute the same log-probabilities: every ratio is 1, and the sample is worth itself.
     assert first["metrics"]["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert first["metrics"]["ess"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_export_holds_the_weights_of_the_last_published_version(finished: Path, tmp_path: Path) -> None:
+    export(finished, "last", tmp_path / "exported")
+    model = load_model(tmp_path / "exported", torch.float32)
+    manifest, _ = pack(policy_tensors(model), version=6, step=6)
+    # The hash over all tensors that generation verified before it loaded them: equal weights, equal log-probabilities.
+    assert query(finished, "SELECT manifest_sha256 FROM versions ORDER BY version DESC LIMIT 1") == [(manifest.sha256,)]
 
 
 def test_the_last_checkpoint_is_a_model_directory_that_transformers_loads(finished: Path) -> None:
