@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,6 @@ class InProcessRun:
     store: PolicyStore
     engines: list[FakeEngine]
     pipeline: Pipeline
-    sampled: list[int] = field(default_factory=list)
 
     async def learn(self, step: int) -> BatchGrant:
         """One step of a learner that publishes the step's number as its only weight."""

@@ -26,6 +26,16 @@ async def stop(system: InProcessRun, step: int) -> None:
     system.ledger.close()
 
 
+async def stop_with_a_batch_ready(directory: Path) -> None:
+    """A run of three steps that is stopped after the first, with a checkpoint and two tickets in the journal."""
+    system = build(directory, steps=3, tickets_per_step=2, max_staleness=1)
+    await system.coordinator.start()
+    await system.learn(1)
+    await system.checkpoint(1, version=1)
+    await until(lambda: states(system).get("ready", 0) >= 2)
+    await stop(system, 1)
+
+
 async def rows(system: InProcessRun, steps: range) -> list[Any]:
     """Trains steps and returns the content of their rollouts."""
     found = []
@@ -94,14 +104,6 @@ def test_what_was_being_sampled_is_sampled_again_as_the_same_ticket_and_prompt(t
 
 
 def test_staleness_counts_steps_and_publishing_again_adds_none(tmp_path: Path) -> None:
-    async def first() -> None:
-        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
-        await system.coordinator.start()
-        await system.learn(1)
-        await system.checkpoint(1, version=1)
-        await until(lambda: states(system).get("ready", 0) >= 2)
-        await stop(system, 1)
-
     async def second() -> dict[int, int]:
         system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
         await system.coordinator.start()
@@ -119,19 +121,11 @@ def test_staleness_counts_steps_and_publishing_again_adds_none(tmp_path: Path) -
         }
         return oldest
 
-    run(first())
+    run(stop_with_a_batch_ready(tmp_path))
     run(second())
 
 
 def test_a_damaged_journal_file_ends_the_resume_with_its_name(tmp_path: Path) -> None:
-    async def first() -> None:
-        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
-        await system.coordinator.start()
-        await system.learn(1)
-        await system.checkpoint(1, version=1)
-        await until(lambda: states(system).get("ready", 0) >= 2)
-        await stop(system, 1)
-
     async def second() -> tuple[str, str]:
         system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
         with Path(named).open("r+b") as file:
@@ -140,7 +134,7 @@ def test_a_damaged_journal_file_ends_the_resume_with_its_name(tmp_path: Path) ->
         await until(lambda: system.coordinator._fatal is not None)
         return str(system.coordinator._fatal), named
 
-    run(first())
+    run(stop_with_a_batch_ready(tmp_path))
     ledger = Ledger(tmp_path / "ledger.sqlite")
     query = "SELECT journal_file FROM tickets WHERE state = 'ready' ORDER BY ticket_id LIMIT 1"
     named = ledger._db.execute(query).fetchone()[0]
