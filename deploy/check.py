@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.errors import ConfigError
 from distrl.models import check_model, load_tokenizer
@@ -10,7 +11,7 @@ from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.rewards import check_columns, make_grader
 from distrl.tasks import Task, load_task
 
-PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
+PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group", "v_star"})
 """Models and columns that a run can produce for an objective."""
 
 
@@ -27,6 +28,8 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    values: RunValues
+    """Optimal values of the prompts, where the objective reads them."""
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -47,7 +50,7 @@ def check_run(config: Config) -> RunPlan:
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
-    grader = _check_grader(config, task)
+    grader = check_grader(config, task)
     recipe = build_recipe(config)
     # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
     lowest_reward = None if ":" in grader else 0.0
@@ -62,8 +65,16 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    values = check_values(config, recipe, grader, task)
     return RunPlan(
-        grader, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
+        grader,
+        scores_reference,
+        recipe,
+        len(task.train) - len(values.unsolved),
+        len(task.heldout),
+        lengths.left_out,
+        lengths.longest,
+        values,
     )
 
 
@@ -88,8 +99,12 @@ def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") 
     )
 
 
-def _check_grader(config: Config, task: Task) -> str:
-    """Name of the run's grader."""
+def check_grader(config: Config, task: Task) -> str:
+    """Name of the run's grader.
+
+    Raises:
+        ConfigError: there is no such grader, or it needs what the data lacks.
+    """
     grader = config.reward.grader or task.default_reward
     if config.data.answer_key == "" and ":" not in grader:
         raise ConfigError(
@@ -134,6 +149,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         if c.data.max_prompt_tokens is not None
         else ""
     )
+    if plan.values.unsolved:
+        left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "

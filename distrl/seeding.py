@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     TASK = 4
     MODEL = 5
     WARMUP = 6
+    VALUES = 7
 
 
 def generator(seed: int, purpose: Purpose, *words: int) -> np.random.Generator:

@@ -18,7 +18,8 @@ class TrainingBatch:
 
     tokens: PaddedTokens
     tensors: dict[str, Tensor]
-    """By the names of the objective: mask, behavior_logps, ref_logps [B, T]; rewards, group [B]."""
+    """By the names of the objective: mask, behavior_logps, ref_logps [B, T]; rewards, group and,
+    where the run has values, v_star [B]."""
     response_tokens: int
 
 
@@ -42,6 +43,8 @@ def training_batch(
     }
     if all(reference is not None for _, _, reference in tickets):
         tensors["ref_logps"] = pad_lists(rollouts.column("ref_logps"), mask, torch.float32)
+    if not rollouts.column("v_star").null_count:
+        tensors["v_star"] = torch.from_numpy(rollouts.column("v_star").to_numpy().copy())
     return TrainingBatch(tokens, tensors, int(mask.sum()))
 
 

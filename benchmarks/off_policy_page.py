@@ -1,0 +1,2 @@
+def write(r):
+    print(len(r))
