@@ -20,7 +20,7 @@ from actors.recorder import Recorder
 from actors.updates import UpdateLimits, Updates
 from actors.waits import Stopwatch, WaitReport, blame
 from distrl.errors import DistrlError, LedgerError, RunError
-from distrl.ledger import Ledger
+from distrl.ledger import Draw, Ledger
 from distrl.messages import BatchGrant, PublishAgain, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
@@ -80,7 +80,7 @@ class Coordinator:
         self._recorder = recorder
         self._clock = clock
         self._evaluator = Evaluator(pipeline, settings.seed, clock)
-        self._reissue: deque[tuple[int, str]] = deque()  # tickets of an earlier process that must be sampled again
+        self._reissue: deque[Draw] = deque()  # tickets of an earlier process that must be sampled again
         self._versions = ledger.versions()
         resumed = ledger.last_checkpoint()
         if resumed is None:
@@ -125,7 +125,7 @@ class Coordinator:
         recovery = self._ledger.recover(self._step)
         for kept in recovery.ready:
             oldest_step = self._versions[kept.oldest_version].step
-            flight = self._flight(kept.ticket_id, kept.prompt_id, oldest_step)
+            flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), oldest_step)
             flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
@@ -210,19 +210,20 @@ class Coordinator:
             member = self._pipeline.generation.take(settings.group_size, _at_least(oldest_step))
             if member is None:
                 break
-            self._launch(member, *(self._reissue.popleft() if self._reissue else self._draw()))
+            self._launch(member, self._reissue.popleft() if self._reissue else self._draw())
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
 
-    def _draw(self) -> tuple[int, str]:
+    def _draw(self) -> Draw:
         return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
-    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
-        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+    def _launch(self, member: Member, draw: Draw) -> None:
+        flight = self._flight(draw, oldest_step=member.step)
         self._flights.add(flight)
         self._spawn(self._carry(flight, member))
 
-    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+    def _flight(self, draw: Draw, oldest_step: int) -> Flight:
+        ticket_id, prompt_id, redraw = draw
         problem = self._prompts.draw(ticket_id)
         if problem.prompt_id != prompt_id:
             raise RunError(
@@ -231,12 +232,12 @@ class Coordinator:
             )
         ticket = Ticket(
             ticket_id=ticket_id,
-            redraw=0,
+            redraw=redraw,
             prompt_id=prompt_id,
             prompt=problem.prompt,
             role=Role.POLICY,
             group_size=self._settings.group_size,
-            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
             messages=problem.messages,
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
@@ -253,8 +254,7 @@ class Coordinator:
             self._flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
                 ticket_id,
-                oldest_version=receipt.oldest_version,
-                newest_version=receipt.newest_version,
+                versions=receipt.versions,
                 rollouts=receipt.rollouts,
                 response_tokens=receipt.response_tokens,
             )
@@ -290,7 +290,7 @@ class Coordinator:
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
         self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
         if flight.ticket.role == Role.POLICY:
-            self._ledger.count_attempt(flight.ticket.ticket_id)
+            self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 
     # Batches ----------------------------------------------------------------------------------------------------
 
@@ -319,7 +319,9 @@ class Coordinator:
         if self._stopping:
             return None
         last = max(batch, key=lambda f: f.stage_since_s)
-        self._waits.add(blame((began, self._clock()), last.timeline))
+        now = self._clock()
+        self._waits.add(blame((began, now), last.timeline))
+        self._ledger.record_wait(last.ticket.ticket_id, step, now - began)
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._issue()
@@ -348,11 +350,11 @@ class Coordinator:
     async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int]) -> int:
         """The learner has done a step. Returns the version number for the weights it made."""
         self.check()
-        self._ledger.mark_trained(report.step, staleness_by_ticket)
+        version = self._ledger.mark_trained(report.step, staleness_by_ticket, self._published.version)
         trained = self._flights.trained(report.step, staleness_by_ticket)
         rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
-        return self._updates.expect(self._ledger.allocate_version(self._published.version, report.step))
+        return self._updates.expect(version)
 
     async def restored(self, step: int) -> int:
         """The learner holds the last checkpoint's weights; the version number to publish them under again."""

@@ -17,12 +17,20 @@ class GenerationReceipt:
     ticket_id: int
     rollouts: int
     response_tokens: int
-    oldest_version: int
-    newest_version: int
+    versions: tuple[int, ...]
+    """All policy versions that sampled one of its tokens, in order."""
     bytes: int
     """Size of the batch in the object store."""
     started_s: float
     finished_s: float
+
+    @property
+    def oldest_version(self) -> int:
+        return self.versions[0]
+
+    @property
+    def newest_version(self) -> int:
+        return self.versions[-1]
 
 
 @dataclass(frozen=True, slots=True)
