@@ -11,7 +11,7 @@ from importlib.metadata import version
 from actors.value_sampling import Prompt
 from distrl.config import Config
 from distrl.errors import ConfigError
-from distrl.manifest import pack
+from distrl.manifest import describe
 from distrl.models import load_model, load_tokenizer
 from distrl.objectives import Recipe
 from distrl.prompts import PromptEncoder
@@ -61,7 +61,7 @@ def reference_sha256(config: Config) -> str:
 
     setting = "reference.path" if config.reference.path is not None else "model.path"
     model = load_model(reference_config(config).model.path, torch.float32, setting=setting)
-    return pack(policy_tensors(model), version=0, step=0)[0].sha256
+    return describe(policy_tensors(model), version=0, step=0).sha256
 
 
 def grader_version(config: Config, grader: str) -> str:

@@ -63,4 +63,5 @@ def test_a_purpose_keeps_its_number() -> None:
         "TASK": 4,
         "MODEL": 5,
         "WARMUP": 6,
+        "VALUES": 7,
     }
