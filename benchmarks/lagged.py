@@ -19,13 +19,13 @@ from actors.engines.build import build_engine
 from actors.generation import Generation
 from actors.grading import Grading
 from actors.journal import Journal
-from deploy.check import build_recipe
+from deploy.check import build_recipe, check_graders
 from deploy.learner import loop_settings
 from deploy.remote.generation import ModelText
 from deploy.run_dir import RunDir
 from distrl.config import Config
+from distrl.graders.build import build_graders, describe
 from distrl.models import load_model, load_tokenizer
-from distrl.rewards import make_grader
 from distrl.schema import Role
 from distrl.seeding import Purpose
 from distrl.tasks import Problem, load_task, prompt_index
@@ -67,7 +67,7 @@ class Sampler:
     def __init__(self, config: Config) -> None:
         tokenizer = load_tokenizer(config.model.path)
         task = load_task(config.data)
-        grader = config.reward.grader or task.default_reward
+        graders = check_graders(config, task)
         self._config = config
         self._task = task
         self._engine = build_engine(config, tokenizer)
@@ -76,7 +76,7 @@ class Sampler:
             raise AssertionError("weights are loaded directly")
 
         self._generation = Generation("generation-0", self._engine, ModelText(tokenizer), config.sampling, fetch)
-        self._grading = Grading(grader, make_grader(grader), concurrency=1)
+        self._grading = Grading(describe(graders), build_graders(graders, 1), concurrency=1)
 
     async def load(self, version: int, model: Any) -> None:
         await self._engine.load(version, policy_tensors(model))

@@ -171,9 +171,7 @@ def staleness(results: Sequence[Result]) -> list[str]:
         ages = [r["staleness"] for r in results if r["regime"] == regime]
         assert all(age == ages[0] for age in ages), f"{regime}: arms differ in their staleness"
         age = ages[0]
-        lines.append(
-            f"| {TITLES[regime]} | {age['first']} | {age['last']} | {age['largest']} | {age['mean']:.1f} |"
-        )
+        lines.append(f"| {TITLES[regime]} | {age['first']} | {age['last']} | {age['largest']} | {age['mean']:.1f} |")
     lines += ["", "The first s batches find no older weights than those of the start."]
     return lines
 

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from actors.value_sampling import Prompt
 from distrl.config import Config
 from distrl.errors import ConfigError
-from distrl.manifest import describe
+from distrl.graders.build import Graders, describe
+from distrl.manifest import describe as describe_weights
 from distrl.models import load_model, load_tokenizer
 from distrl.objectives import Recipe
 from distrl.prompts import PromptEncoder
@@ -38,16 +39,16 @@ def reference_config(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
-def table_key(config: Config, grader: str) -> TableKey:
+def table_key(config: Config, graders: Graders) -> TableKey:
     """
     Args:
-        grader: name of the run's grader.
+        graders: the run's.
     Raises:
         DataError: the reference model cannot be loaded.
     """
     return TableKey(
         reference=reference_sha256(config),
-        grader=grader_version(config, grader),
+        grader=grader_version(graders),
         responses=config.vstar.responses,
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -61,15 +62,17 @@ def reference_sha256(config: Config) -> str:
 
     setting = "reference.path" if config.reference.path is not None else "model.path"
     model = load_model(reference_config(config).model.path, torch.float32, setting=setting)
-    return describe(policy_tensors(model), version=0, step=0).sha256
+    return describe_weights(policy_tensors(model), version=0, step=0).sha256
 
 
-def grader_version(config: Config, grader: str) -> str:
-    """The grader's name with a hash of what it judges by: its settings, and its module's source or distrl's version."""
-    module, colon, _ = grader.partition(":")
-    source = inspect.getsource(import_module(module)) if colon else version("distrl")
-    content = json.dumps([config.reward.model_dump(mode="json"), source], sort_keys=True)
-    return f"{grader}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+def grader_version(graders: Graders) -> str:
+    """The graders' names with a hash of what they judge by: their settings, and their modules' source or distrl's
+    version."""
+    parts: list[object] = [version("distrl")]
+    for name, one in sorted(graders.items()):
+        module, colon, _ = one.named(name).partition(":")
+        parts += [name, one.model_dump(mode="json"), inspect.getsource(import_module(module)) if colon else ""]
+    return f"{describe(graders)}@{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def estimate(config: Config) -> Estimate:
@@ -88,11 +91,11 @@ def training_prompts(config: Config, task: Task) -> list[Prompt]:
     return [Prompt(p, prompt_sha256(encoder.encode(p.prompt, p.messages))) for p in distinct.values()]
 
 
-def check_values(config: Config, recipe: Recipe, grader: str, task: Task) -> RunValues:
+def check_values(config: Config, recipe: Recipe, graders: Graders, task: Task) -> RunValues:
     """The values that a run trains with, from a table that was made for it.
 
     Args:
-        grader: name of the run's grader.
+        graders: the run's.
         task: without the prompts that are too long.
     Raises:
         ConfigError: `vstar` is set and not read, or the table is missing, was made for something else, or would bias
@@ -113,7 +116,7 @@ def check_values(config: Config, recipe: Recipe, grader: str, task: Task) -> Run
     check_correction(config, recipe)
     table = read_table(config.vstar.path)
     prompts = training_prompts(config, task)
-    check_table(table, table_key(config, grader), ((p.problem.prompt_id, p.sha256) for p in prompts))
+    check_table(table, table_key(config, graders), ((p.problem.prompt_id, p.sha256) for p in prompts))
     if table.estimate != estimate(config):
         raise ConfigError(
             f"vstar.mode and vstar.beta must be those of the table, got {_told(estimate(config))} and the table has "

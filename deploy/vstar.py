@@ -13,7 +13,7 @@ from actors.calls import RayCaller
 from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Pool
 from actors.value_sampling import Prompt, ValueSampler
-from deploy.check import check_grader, measure_prompts
+from deploy.check import check_graders, measure_prompts
 from deploy.remote.coordinator import pipeline_limits
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
@@ -21,6 +21,7 @@ from deploy.start import start_ray
 from deploy.values import estimate, reference_config, table_key, training_prompts
 from distrl.config import Config
 from distrl.errors import ConfigError, StageError
+from distrl.graders.build import Graders
 from distrl.objectives import optimal_value
 from distrl.tasks import load_task
 from distrl.values_table import (
@@ -57,8 +58,8 @@ def make_table(config: Config, advance: Advance) -> dict[str, Any]:
     path = config.vstar.path
     whole = load_task(config.data)
     task = whole.without(measure_prompts(config, whole).left_out)
-    grader = check_grader(config, task)
-    key, made = table_key(config, grader), estimate(config)
+    graders = check_graders(config, task)
+    key, made = table_key(config, graders), estimate(config)
     prompts = training_prompts(config, task)
     if path.exists():
         table = read_table(path)
@@ -70,7 +71,7 @@ def make_table(config: Config, advance: Advance) -> dict[str, Any]:
         rows = parts.open()
         missing = [p for p in prompts if p.problem.prompt_id not in rows]
         advance(len(prompts) - len(missing), len(prompts))
-        rows |= _sample(config, grader, missing, parts, lambda done: advance(len(rows) + done, len(prompts)))
+        rows |= _sample(config, graders, missing, parts, lambda done: advance(len(rows) + done, len(prompts)))
         sampled = len(missing)
     ordered = [rows[p.problem.prompt_id] for p in prompts]
     v_star = _write(config, key, made, ordered)
@@ -98,21 +99,21 @@ def _write(config: Config, key: TableKey, made: Estimate, rows: Sequence[PromptR
 
 
 def _sample(
-    config: Config, grader: str, prompts: Sequence[Prompt], parts: Parts, advance: Callable[[int], None]
+    config: Config, graders: Graders, prompts: Sequence[Prompt], parts: Parts, advance: Callable[[int], None]
 ) -> dict[str, PromptRewards]:
     """Starts Ray with the generation and grading actors and samples; every finished prompt is kept in `parts`."""
     if not prompts:
         return {}
     own_ray = start_ray()
     try:
-        return asyncio.run(_drive(config, grader, prompts, parts, advance))
+        return asyncio.run(_drive(config, graders, prompts, parts, advance))
     finally:
         if own_ray:
             ray.shutdown()
 
 
 async def _drive(
-    config: Config, grader: str, prompts: Sequence[Prompt], parts: Parts, advance: Callable[[int], None]
+    config: Config, graders: Graders, prompts: Sequence[Prompt], parts: Parts, advance: Callable[[int], None]
 ) -> dict[str, PromptRewards]:
     generation, grading = Pool("generation"), Pool("grading")
 
@@ -124,7 +125,7 @@ async def _drive(
         actor = create(GenerationActor, sampled, f"generation-{i}", None)
         generation.add(RayCaller(f"generation-{i}", actor), config.generation.slots)
     for i in range(config.grading.actors):
-        actor = create(GradingActor, sampled, grader, os.getcwd())
+        actor = create(GradingActor, sampled, graders, os.getcwd())
         grading.add(RayCaller(f"grading-{i}", actor), config.grading.concurrency)
     # Nothing is journalled: the table is what is kept.
     nobody = RayCaller("journal", None)

@@ -16,9 +16,7 @@ from tests.builders import run
 from tests.system.in_process import Digits, build
 
 KEY = TableKey("reference", "test", 2, 1.0, 4, 0)
-PROMPTS = [
-    Prompt(Problem.of(str(n), str(n)), prompt_sha256(Digits().encode(str(n)))) for n in range(6)
-]
+PROMPTS = [Prompt(Problem.of(str(n), str(n)), prompt_sha256(Digits().encode(str(n)))) for n in range(6)]
 
 
 async def read(reference: object) -> pa.RecordBatch:
@@ -52,7 +50,7 @@ def test_the_noise_of_a_prompt_depends_on_seed_and_tokens_alone(tmp_path: Path) 
 def test_rewards_are_those_of_the_prompts_own_responses(tmp_path: Path) -> None:
     """Calls to the grader are shared by three prompts; the fake grader calls every second response right."""
     found = run(sampled(sampler(tmp_path), PROMPTS, tmp_path / "a"))
-    assert list(found) and {row.rewards for row in found.values()} == {(0.0, 1.0)}
+    assert {row.rewards for row in found.values()} == {(0.0, 1.0)}
     assert {(row.prompt_id, row.prompt_sha256) for row in found.values()} == {
         (p.problem.prompt_id, p.sha256) for p in PROMPTS
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_run, explain
+from deploy.check import check_graders, check_run, explain
 from deploy.remote.coordinator import make_prompts
 from deploy.values import estimate, table_key, training_prompts
 from distrl.config import Config, make_config
@@ -15,7 +15,7 @@ from distrl.errors import ConfigError
 from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.tasks import load_task
 from distrl.tokenizer import character_tokenizer
-from distrl.values_table import PromptRewards, read_table, write_table
+from distrl.values_table import PromptRewards, TableKey, read_table, write_table
 from tests.builders import refusal
 
 PROMPTS = 20
@@ -46,6 +46,10 @@ def config(model: Path, directory: Path, **changes: Any) -> Config:
     return make_config(values, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
 
 
+def key_of(settings: Config) -> TableKey:
+    return table_key(settings, check_graders(settings, load_task(settings.data)))
+
+
 def write(settings: Config, solved: int = 5) -> None:
     """A table for the config, in which the reference solves the first `solved` prompts once."""
     prompts = training_prompts(settings, load_task(settings.data))
@@ -55,7 +59,7 @@ def write(settings: Config, solved: int = 5) -> None:
     ]
     assert settings.vstar.path is not None
     values = [row.correct / 8 for row in rows]
-    write_table(settings.vstar.path, table_key(settings, "exact"), estimate(settings), rows, values)
+    write_table(settings.vstar.path, key_of(settings), estimate(settings), rows, values)
 
 
 def test_a_run_takes_its_values_from_the_table(model: Path, tmp_path: Path) -> None:
@@ -84,7 +88,7 @@ def test_prompts_that_the_reference_never_solved_can_be_left_out(model: Path, tm
 
 
 def test_a_recipe_without_values_takes_no_table_and_one_with_values_needs_it(model: Path, tmp_path: Path) -> None:
-    other = config(model, tmp_path, **{"objective": {"recipe": "reinforce"}})
+    other = config(model, tmp_path, objective={"recipe": "reinforce"})
     path = tmp_path / "values.parquet"
     assert refusal(ConfigError, lambda: check_run(other)) == (
         f"vstar.path must be empty for objective.recipe reinforce, got {str(path)!r}; nothing reads values: remove it, "
@@ -102,10 +106,10 @@ def test_a_recipe_without_values_takes_no_table_and_one_with_values_needs_it(mod
 def test_a_table_of_another_reference_grader_or_prompt_set_is_refused(model: Path, tmp_path: Path) -> None:
     settings = config(model, tmp_path)
     write(settings)
-    key = table_key(settings, "exact")
+    key = key_of(settings)
     another = make_model(tmp_path / "another", 1)
     changed = config(another, tmp_path)
-    assert table_key(changed, "exact") == replace(key, reference=table_key(changed, "exact").reference)
+    assert key_of(changed) == replace(key, reference=key_of(changed).reference)
     assert f"differ in reference ({table_key(changed, 'exact').reference!r} and {key.reference!r})" in refusal(
         ConfigError, lambda: check_run(changed)
     )
@@ -128,8 +132,8 @@ def test_values_at_another_temperature_than_the_config_says_are_refused(model: P
     for changes, told in (({"vstar.beta": 0.1}, "mode soft at beta 0.1"), ({"vstar.mode": "mean"}, "mode mean")):
         settings = config(model, tmp_path, **changes)
         assert refusal(ConfigError, lambda settings=settings: check_run(settings)) == (  # type: ignore[misc]
-            f"vstar.mode and vstar.beta must be those of the table, got {told} and the table has mode soft at beta 0.5; "
-            "distrl vstar CONFIG makes the values anew from the rewards that it has"
+            f"vstar.mode and vstar.beta must be those of the table, got {told} and the table has mode soft at beta "
+            "0.5; distrl vstar CONFIG makes the values anew from the rewards that it has"
         )
 
 
