@@ -110,13 +110,13 @@ def test_a_table_of_another_reference_grader_or_prompt_set_is_refused(model: Pat
     another = make_model(tmp_path / "another", 1)
     changed = config(another, tmp_path)
     assert key_of(changed) == replace(key, reference=key_of(changed).reference)
-    assert f"differ in reference ({table_key(changed, 'exact').reference!r} and {key.reference!r})" in refusal(
+    assert f"differ in reference ({key_of(changed).reference!r} and {key.reference!r})" in refusal(
         ConfigError, lambda: check_run(changed)
     )
     # The reference is what counts: the trained model may be another one.
     check_run(config(another, tmp_path, **{"reference.path": str(model)}))
     numeric = config(model, tmp_path, **{"reward.grader": "numeric"})
-    assert f"differ in grader ({table_key(numeric, 'numeric').grader!r} and {key.grader!r})" in refusal(
+    assert f"differ in grader ({key_of(numeric).grader!r} and {key.grader!r})" in refusal(
         ConfigError, lambda: check_run(numeric)
     )
     more = config(model, tmp_path, **{"data.train_size": PROMPTS + 1})
