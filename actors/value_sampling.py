@@ -98,4 +98,4 @@ class ValueSampler:
 
 def noise_stream(seed: int, sha256: str) -> tuple[int, ...]:
     """Names the sampling noise of a prompt: the same whatever its place in the training set."""
-    return (seed, int(Purpose.VALUES), int(sha256[:15], 16))
+    return (seed, int(Purpose.REFERENCE_SAMPLING), int(sha256[:15], 16))

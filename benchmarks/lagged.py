@@ -72,10 +72,12 @@ class Sampler:
         self._task = task
         self._engine = build_engine(config, tokenizer)
 
-        async def fetch(version: int) -> Any:
+        async def fetch(*_: Any) -> Any:
             raise AssertionError("weights are loaded directly")
 
-        self._generation = Generation("generation-0", self._engine, ModelText(tokenizer), config.sampling, fetch)
+        self._generation = Generation(
+            "generation-0", {"policy": self._engine}, ModelText(tokenizer), config.sampling, fetch
+        )
         self._grading = Grading(describe(graders), build_graders(graders, 1), concurrency=1)
 
     async def load(self, version: int, model: Any) -> None:

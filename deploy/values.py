@@ -33,12 +33,6 @@ class RunValues:
 NO_VALUES = RunValues({}, frozenset())
 
 
-def reference_config(config: Config) -> Config:
-    """The config with the reference model as the model that is sampled."""
-    path = config.reference.path or config.model.path
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
-
-
 def table_key(config: Config, graders: Graders) -> TableKey:
     """
     Args:
@@ -61,7 +55,7 @@ def reference_sha256(config: Config) -> str:
     import torch
 
     setting = "reference.path" if config.reference.path is not None else "model.path"
-    model = load_model(reference_config(config).model.path, torch.float32, setting=setting)
+    model = load_model(config.reference.path or config.model.path, torch.float32, setting=setting)
     return describe_weights(policy_tensors(model), version=0, step=0).sha256
 
 

@@ -18,12 +18,14 @@ from deploy.remote.coordinator import pipeline_limits
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
 from deploy.start import start_ray
-from deploy.values import estimate, reference_config, table_key, training_prompts
+from deploy.values import estimate, table_key, training_prompts
 from distrl.config import Config
 from distrl.errors import ConfigError, StageError
 from distrl.graders.build import Graders
 from distrl.objectives import optimal_value
+from distrl.schema import Role
 from distrl.tasks import load_task
+from distrl.tickets import weights_of
 from distrl.values_table import (
     Estimate,
     Parts,
@@ -120,12 +122,13 @@ async def _drive(
     def create(actor: type, *arguments: Any) -> Any:
         return ray.remote(actor).options(num_cpus=0, max_restarts=0, max_task_retries=0).remote(*arguments)
 
-    sampled = reference_config(config)
-    for i in range(config.generation.actors):
-        actor = create(GenerationActor, sampled, f"generation-{i}", None)
-        generation.add(RayCaller(f"generation-{i}", actor), config.generation.slots)
+    for i in range(config.generation.reference_actors or config.generation.actors):
+        name = f"reference-sampling-{i}"
+        # No policy store: these weights are never replaced.
+        actor = create(GenerationActor, config, name, None, (weights_of(Role.REFERENCE),))
+        generation.add(RayCaller(name, actor), config.generation.slots)
     for i in range(config.grading.actors):
-        actor = create(GradingActor, sampled, graders, os.getcwd())
+        actor = create(GradingActor, config, graders, os.getcwd())
         grading.add(RayCaller(f"grading-{i}", actor), config.grading.concurrency)
     # Nothing is journalled: the table is what is kept.
     nobody = RayCaller("journal", None)

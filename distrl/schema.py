@@ -32,8 +32,10 @@ class Role(StrEnum):
 
     POLICY = "policy"
     EVALUATION = "evaluation"
+    OPPONENT = "opponent"
+    """What a policy's rollout is compared with; never trained, not counted for staleness."""
     REFERENCE = "reference"
-    """Of the reference model, for estimates of values; never in a batch of the learner."""
+    """Sampled from the reference model, for what is estimated before or beside training."""
 
 
 def _field(name: str, kind: pa.DataType, *, nullable: bool = False) -> pa.Field:
