@@ -63,7 +63,7 @@ class ValueSampler:
                     found = error
                 done(found)
 
-        places = sum(member.capacity for member in self._pipeline.generation.members) // self._responses
+        places = sum(member.capacity for member in self._pipeline.pool_of(Role.REFERENCE).members) // self._responses
         # One more than fit, so that a place that becomes free is taken at once.
         async with asyncio.TaskGroup() as group:
             for _ in range(min(places + 1, len(prompts))):

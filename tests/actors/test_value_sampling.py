@@ -10,6 +10,7 @@ from actors.value_sampling import Prompt, ValueSampler, noise_stream
 from deploy.vstar import collect
 from distrl.errors import StageError
 from distrl.sampling import SampleRequest
+from distrl.schema import Role
 from distrl.tasks import Problem
 from distrl.values_table import Parts, PromptRewards, TableKey, prompt_sha256
 from tests.builders import run
@@ -24,7 +25,8 @@ async def read(reference: object) -> pa.RecordBatch:
 
 
 def sampler(directory: Path, **stages: object) -> ValueSampler:
-    system = build(directory, grading_tickets_per_call=3, **stages)  # type: ignore[arg-type]
+    own = {Role.REFERENCE}
+    system = build(directory, grading_tickets_per_call=3, own_actors=own, **stages)  # type: ignore[arg-type]
     return ValueSampler(system.pipeline, 0, 2, read, lambda: 0.0)
 
 
