@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.beside import Beside
 from actors.evaluation import Evaluation, Evaluator
 from actors.flight import Flight
 from actors.flights import Flights
@@ -84,6 +85,7 @@ class Coordinator:
         self._recorder = recorder
         self._clock = clock
         self._evaluator = Evaluator(pipeline, settings.seed, clock)
+        self._beside = Beside(pipeline, settings.seed, clock)
         self._reissue: deque[Draw] = deque()  # tickets of an earlier process that must be sampled again
         self._versions = ledger.versions()
         resumed = ledger.last_checkpoint()
@@ -109,6 +111,8 @@ class Coordinator:
         )
         self._may_load = asyncio.Event()
         """Set once the weights may change that sample for training."""
+        self._first_opponent = 0
+        """Oldest version that opponents are sampled from; after a restart engines start from weights that are none."""
         self._held = Stopwatch(clock)
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
@@ -278,6 +282,8 @@ class Coordinator:
                 rollouts=receipt.rollouts,
                 response_tokens=receipt.response_tokens,
             )
+            if self._settings.opponents:
+                await self._sample_opponents(flight)
             grades = await self._pipeline.grade_and_score(flight)
             flight.reward_mean = grades.reward_sum / grades.rollouts
             journalled = await self._pipeline.journal(flight)
@@ -290,6 +296,21 @@ class Coordinator:
             self._drops_in_a_row = 0
         self._issue()
         await self._notify()
+
+    async def _sample_opponents(self, flight: Flight) -> None:
+        """As many opponents as the ticket has responses, from the newest weights that the actors have of them.
+
+        The noise is the ticket's, so that opponents of an actor that died are drawn again, and not others.
+        """
+        ticket, needed, weights = flight.ticket, self._first_opponent, weights_of(Role.OPPONENT)
+        met = await self._beside.sample(
+            Role.OPPONENT,
+            ticket.ticket_id,
+            flight.problem,
+            ticket.group_size,
+            lambda member: member.others.get(weights, 0) >= needed,
+        )
+        flight.opponents = met.flight.generation
 
     def _drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
         self._flights.remove(flight)
@@ -394,7 +415,10 @@ class Coordinator:
             weights: whose; an opponent's version is that of the policy at which it was made.
         """
         if weights != POLICY_WEIGHTS:
-            self._opponents.arrived(Version(version, None, step))
+            if self._resumed and self._opponents.arrived(Version(version, None, step)):
+                self._first_opponent = version
+            else:
+                self._opponents.arrived(Version(version, None, step))
             await self._notify()
             return
         made = Version(version, self._published.version, step)
@@ -405,6 +429,11 @@ class Coordinator:
         self._versions[version] = made
         self._flights.release()
         every = self._settings.evaluate_every_steps
+        if self._resumed and self._settings.opponents and not self._first_opponent:
+            raise RunError(
+                f"the learner must publish the weights {weights_of(Role.OPPONENT)} of its checkpoint before policy "
+                f"version {version}, got none; tickets would meet the model that the run began with"
+            )
         if self._resumed:
             self._resumed, self._issuing = False, not self._stopping
             self._may_load.set()

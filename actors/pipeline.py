@@ -195,7 +195,11 @@ class Pipeline:
     async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
         receipt, batch = await member.caller.batch(
-            "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
+            "grade",
+            problems,
+            *[f.generation for f in jobs],
+            *[f.opponents for f in jobs if f.opponents is not None],
+            timeout_s=self._limits.grading_timeout_s,
         )
         rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
         return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch

@@ -73,7 +73,9 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
         handles.stages[stage] = [
             create(GenerationActor, 1, config, f"{stage}-{i}", handles.store, weights)[0] for i in range(counts[role])
         ]
-    handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.graders, os.getcwd())
+    handles.stages["grading"] = create(
+        GradingActor, config.grading.actors, config, plan.graders, os.getcwd(), plan.opponents
+    )
     handles.stages["reference"] = (
         create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
     )

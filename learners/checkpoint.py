@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from distrl.errors import RunError
+from learners.anchors import Anchors
 
 FORMAT = 1
 
-TRAINING_FILES = ("optimizer.pt", "state.json")
+ANCHORS = "anchors.pt"
+
+TRAINING_FILES = ("optimizer.pt", "state.json", ANCHORS)
 """What a checkpoint has beyond a Hugging Face model directory."""
 
 
@@ -37,12 +40,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     save_tokenizer: Callable[[Path], object],
+    anchors: Mapping[str, Any] | None = None,
 ) -> str:
     """Writes a checkpoint aside and renames it, so that a directory with this name is complete.
 
     Args:
         model: with `save_pretrained`.
         save_tokenizer: writes the tokenizer's files into the directory that it gets.
+        anchors: state of the models that follow the policy, where there are some.
     Returns:
         sha256 over all files' names and bytes.
     """
@@ -53,6 +58,8 @@ def save_checkpoint(
     model.save_pretrained(aside)
     save_tokenizer(aside)
     torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+    if anchors:
+        torch.save(dict(anchors), aside / ANCHORS)
     (aside / "state.json").write_text(json.dumps(asdict(state)) + "\n")
     digest = checkpoint_sha256(aside)
     for path in sorted(aside.iterdir()):
@@ -65,8 +72,10 @@ def save_checkpoint(
     return digest
 
 
-def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Restores weights and optimizer in place.
+def load_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, anchors: Anchors | None = None
+) -> TrainState:
+    """Restores weights, optimizer and anchors in place.
 
     Raises:
         RunError: the directory is not a complete checkpoint, or of a newer format.
@@ -87,6 +96,13 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
             raise RunError(f"checkpoint {directory}: {name} must be there; the directory is not a complete checkpoint")
     load_model(model, directory / "model.safetensors")
     optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
+    if anchors is not None and anchors.names:
+        if not (directory / ANCHORS).is_file():
+            raise RunError(
+                f"checkpoint {directory}: {ANCHORS} must be there, the objective keeps "
+                f"{', '.join(sorted(anchors.names))}; go on with the objective that the run began with"
+            )
+        anchors.load_state_dict(torch.load(directory / ANCHORS, weights_only=True))
     return TrainState(**values)
 
 

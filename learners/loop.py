@@ -15,10 +15,16 @@ from distrl.logps import logps_and_entropy, response_logps
 from distrl.manifest import describe
 from distrl.messages import Manifest, PublishAgain, StepReport
 from distrl.objectives import Batch, Recipe, combine, evaluate, prepare
+from distrl.objectives.batch import tensor_name
+from distrl.schema import Role
+from distrl.tickets import weights_of
 from distrl.weights import policy_tensors
+from learners.anchors import Anchors
 from learners.batches import TrainingBatch, micro_batches, training_batch
 from learners.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
+
+OPPONENT = weights_of(Role.OPPONENT)
 
 Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
 """A ticket's generation, grading and reference columns."""
@@ -89,6 +95,7 @@ class Trainer:
         self._recipe = recipe
         self._settings = settings
         self.optimizer = make_optimizer(model, settings.optimizer)
+        self.anchors = Anchors(model, recipe.upkeep, self.optimizer)
 
     def step(self, batch: TrainingBatch, step: int) -> dict[str, float]:
         """One optimizer step on a global batch; `step` is its number, the first is 1.
@@ -103,6 +110,9 @@ class Trainer:
         given = batch.tensors
         if "policy" in self._recipe.prepare_needs:
             given = {**given, "logps": self._logps(batch, parts)}
+        for name in sorted(self.anchors.names & self._recipe.needs):
+            with self.anchors.in_place_of_the_policy(name):
+                given = {**given, tensor_name(name): self._logps(batch, parts)}
         tensors = Batch.from_tensors(given, recipe=self._recipe.name, step=step - 1)
         plan = prepare(self._recipe, tensors)
         outputs = []
@@ -132,6 +142,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.anchors.after_step(step)
         return {**metrics, "learning_rate": rate}
 
     def _logps(self, batch: TrainingBatch, parts: Sequence[Tensor]) -> Tensor:
@@ -150,16 +161,30 @@ class Trainer:
         tensors = policy_tensors(self._model)
         link.publish(describe(tensors, version=version, step=step), tensors, again=again)
 
+    def publish_opponents(self, link: RunLink, version: int, step: int, *, always: bool = False) -> None:
+        """Publishes the opponents' weights, where the objective has some that the step has changed.
+
+        Args:
+            always: also where they are unchanged: after a restart nobody has them.
+        """
+        if OPPONENT not in self.anchors.names or not (always or self.anchors.changed[OPPONENT] == step):
+            return
+        with self.anchors.in_place_of_the_policy(OPPONENT):
+            tensors = {name: tensor.clone() for name, tensor in policy_tensors(self._model).items()}
+        link.publish(describe(tensors, version=version, step=step, weights=OPPONENT), tensors)
+
     def checkpoint(self, link: RunLink, state: TrainState) -> int:
         """Saves and commits a checkpoint; its step."""
         directory = self._settings.checkpoints / f"step-{state.step:06d}"
-        digest = save_checkpoint(directory, self._model, self.optimizer, state, self._tokenizer.save_pretrained)
+        digest = save_checkpoint(
+            directory, self._model, self.optimizer, state, self._tokenizer.save_pretrained, self.anchors.state_dict()
+        )
         link.commit_checkpoint(directory, state, digest)
         return state.step
 
     def restore(self, directory: Path) -> TrainState:
         """Takes weights and optimizer from a checkpoint."""
-        return load_checkpoint(directory, self._model, self.optimizer)
+        return load_checkpoint(directory, self._model, self.optimizer, self.anchors)
 
 
 def train(
@@ -188,6 +213,8 @@ def train(
     version = 0
     if resume is not None:
         version = link.restored(resume)
+        # First: with the policy's weights the run begins to issue tickets, and these need opponents.
+        trainer.publish_opponents(link, version, done, always=True)
         trainer.publish(link, version, done)
     for step in range(done + 1, settings.steps + 1):
         began = clock()
@@ -202,6 +229,7 @@ def train(
         version = link.trained(
             StepReport(step, received - began, trained - received, last_publish_s, metrics), staleness
         )
+        trainer.publish_opponents(link, version, step)
         trainer.publish(link, version, step)
         done = step
         if step % settings.checkpoint_every_steps == 0:
