@@ -61,7 +61,7 @@ def test_the_most_stale_token_need_not_be_of_the_oldest_version() -> None:
 def test_as_many_tickets_as_possible_are_kept_that_can_all_be_trained_in_time(
     oldest_steps: list[int], max_staleness: int, per_step: int, step: int
 ) -> None:
-    """Second route: every larger subset, trained in the order of deadlines, which docs/staleness.md shows to be best."""
+    """Second route: every larger subset, trained in the order of deadlines, the best one (docs/staleness.md)."""
     admission = Admission(max_staleness, per_step)
     outstanding = [Outstanding(i, o, True) for i, o in enumerate(oldest_steps)]
     kept = admission.trainable(outstanding, step)

@@ -58,6 +58,21 @@ class WeightEngine(FakeEngine):
         return super()._draw(request, g, t, self._weights[version])
 
 
+class HalfRight:
+    """Grades every second response as right; some prompts nobody can grade."""
+
+    def __init__(self, poison: Sequence[int]) -> None:
+        self._poison = poison
+
+    async def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        if int(problems[0].prompt) in self._poison:
+            raise StageError(f"nobody can grade prompt {problems[0].prompt}")
+        return [Grade(float(i % 2), {}, "correct" if i % 2 else "wrong") for i in range(len(responses))]
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass
 class Disk:
     """What survives a crash beside the ledger and the journal: checkpoints, by path."""
@@ -225,11 +240,13 @@ class World:
         for i in range(schedule.actors):
             engine = WeightEngine(vocabulary_size=11, fail=self._poison(i), gate=self._between_tokens)
             worker = Generation(
-                f"generation-{i}", engine, Digits(), SamplingParams(4), self._fetch, clock=self._loop.time
+                f"generation-{i}", {"policy": engine}, Digits(), SamplingParams(4), self._fetch, clock=self._loop.time
             )
             slowness = 20.0 if i == schedule.slow_actor else 1.0
             generation.add(Wire(worker._name, worker, self, slowness), 4)
-        grading.add(Wire("grading-0", Grading("half", self._grade, 1, clock=self._loop.time), self), 4)
+        grading.add(
+            Wire("grading-0", Grading("half", HalfRight(schedule.poison_tickets), 1, clock=self._loop.time), self), 4
+        )
         if schedule.reference:
             scoring.add(Wire("reference-0", Reference(_zero_logps, clock=self._loop.time), self), 1)
         journal = Wire("journal", Journal(self.disk.directory / "journal", clock=self._loop.time), self)
@@ -267,14 +284,11 @@ class World:
     async def _between_tokens(self, request: SampleRequest) -> None:
         await asyncio.sleep(self._rng.expovariate(1.0) * (0.05 if ticket_of(request) >= 0 else 0.01))
 
-    def _grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        if int(problems[0].prompt) in self.schedule.poison_tickets:
-            raise StageError(f"nobody can grade prompt {problems[0].prompt}")
-        return [Grade(float(i % 2), {}, "correct" if i % 2 else "wrong") for i in range(len(responses))]
-
-    async def _fetch(self, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Any]]:
+    async def _fetch(
+        self, weights: str, version: int, have: Mapping[str, Content]
+    ) -> tuple[Manifest, Layout, Sequence[Any]]:
         await self.pause()
-        delivery = await self.store.fetch(version, have)
+        delivery = await self.store.fetch(version, have, weights)
         return delivery.manifest, delivery.layout, delivery.chunks
 
     async def learn(self) -> None:
