@@ -201,7 +201,6 @@ def draw(results: Sequence[Result]) -> None:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(OBJECTIVES), frameon=False)
         figure.tight_layout(rect=(0, 0.09, 1, 1))
         figure.savefig(path, metadata={"Date": None})
-        figure.savefig(f"/tmp/{path.stem}.png", dpi=110)
         plt.close(figure)
 
 
