@@ -21,6 +21,10 @@ class TrainingBatch:
     """By the names of the objective: mask, behavior_logps, ref_logps [B, T]; rewards, group and,
     where the run has values, v_star [B]."""
     response_tokens: int
+    versions: Tensor
+    """[B, T] int64: policy version that each response token names; 0 where there is none."""
+    engines: list[str]
+    """[B] names of the actors that sampled."""
 
 
 def training_batch(
@@ -45,7 +49,8 @@ def training_batch(
         tensors["ref_logps"] = pad_lists(rollouts.column("ref_logps"), mask, torch.float32)
     if not rollouts.column("v_star").null_count:
         tensors["v_star"] = torch.from_numpy(rollouts.column("v_star").to_numpy().copy())
-    return TrainingBatch(tokens, tensors, int(mask.sum()))
+    versions = pad_lists(rollouts.column("policy_versions"), mask, torch.int64)
+    return TrainingBatch(tokens, tensors, int(mask.sum()), versions, rollouts.column("engine").to_pylist())
 
 
 def micro_batches(tokens: PaddedTokens, group: Tensor, most_tokens: int) -> list[Tensor]:
