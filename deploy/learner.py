@@ -15,8 +15,10 @@ from distrl.errors import DeadlineError, RunError
 from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
-from learners.loop import LoopSettings, Stages, Trainer, World, train
+from learners.loop import train
 from learners.optimizer import OptimizerSettings
+from learners.trainer import LoopSettings, Stages, Trainer
+from learners.world import World
 
 RESOURCE = "distrl_learner"
 """A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""

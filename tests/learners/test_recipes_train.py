@@ -12,17 +12,20 @@ import torch
 
 from actors.engines.transformers import TransformersEngine
 from deploy.check import PRODUCED
-from distrl.logps import pad_rollouts, response_logps, split_rows
+from distrl.logps import pad_rollouts, split_rows
 from distrl.manifest import unpack
 from distrl.messages import Chunk, Manifest, StepReport
 from distrl.models import TinyArchitecture, load_model, load_tokenizer, make_tiny_model
 from distrl.objectives import build, recipe_names
+from distrl.policy_model import response_logps
 from distrl.sampling import Sample, SampleRequest, SamplingParams
 from distrl.schema import Stage, record_batch
 from distrl.tokenizer import character_tokenizer
 from learners.checkpoint import TrainState
-from learners.loop import LoopSettings, Stages, Trainer, World, train
+from learners.loop import train
 from learners.optimizer import OptimizerSettings
+from learners.trainer import LoopSettings, Stages, Trainer
+from learners.world import World
 from tests.builders import generation_columns, grading_columns
 
 STEPS = 20
