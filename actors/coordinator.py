@@ -17,10 +17,11 @@ from actors.flights import Flights
 from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Member
 from actors.recorder import Recorder
+from actors.updates import UpdateLimits, Updates
 from actors.waits import Stopwatch, WaitReport, blame
-from distrl.errors import DeadlineError, DistrlError, LedgerError, RunError
+from distrl.errors import DistrlError, LedgerError, RunError
 from distrl.ledger import Ledger
-from distrl.messages import BatchGrant, LoadReceipt, StepReport, TicketGrant
+from distrl.messages import BatchGrant, PublishAgain, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
 from distrl.staleness import Admission, Version, staleness
@@ -37,8 +38,7 @@ class CoordinatorSettings:
     group_size: int
     admission: Admission
     on_stale: str
-    call_attempts: int
-    sync_timeout_s: float
+    updates: UpdateLimits
     ready_bytes: int
     drops_in_a_row: int
     evaluate_every_steps: int
@@ -86,11 +86,11 @@ class Coordinator:
         if resumed is None:
             first = Version(ledger.allocate_version(None, 0), None, 0)
             self._versions[first.version] = first
-            self._published = first
+            start = first
         else:
-            self._published = self._versions[resumed.version]
+            start = self._versions[resumed.version]
         self._resumed = resumed is not None
-        self._step = self._published.step  # steps granted so far
+        self._step = start.step  # steps granted so far
         self._flights = Flights(settings.admission, settings.on_stale, settings.ready_bytes, self._step)
         self._stopping = False
         self._issuing = False
@@ -98,10 +98,12 @@ class Coordinator:
         self._fatal: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Condition()
+        self._updates = Updates(
+            self._versions, start, pipeline.generation, settings.updates, recorder, self._changed, self.fail
+        )
         self._held = Stopwatch(clock)
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
-        self._may_load = asyncio.Event()
         self._recovered = asyncio.Event()
         self.done = asyncio.Event()
         pipeline.generation.on_change(self._issue)
@@ -112,7 +114,7 @@ class Coordinator:
     async def start(self) -> None:
         """Begins to issue tickets, beside the first evaluation."""
         for member in self._pipeline.generation.members:
-            self._spawn(self._follow(member))
+            self._spawn(self._updates.follow(member))
         self._spawn(self._go_on() if self._resumed else self._begin())
 
     async def _go_on(self) -> None:
@@ -127,8 +129,8 @@ class Coordinator:
             flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
-            flight.enter("ready", self._clock())
             self._flights.add(flight)
+            self._flights.ready(flight, self._clock())
         self._reissue.extend(recovery.issued)
         self._recorder.event(
             "resumed",
@@ -143,7 +145,7 @@ class Coordinator:
         self._issuing = True
         self._issue()
         await self._evaluate("before", self._prompts.heldout)
-        self._may_load.set()
+        self._updates.may_load.set()
 
     async def _finish(self) -> None:
         self._issuing = False
@@ -248,6 +250,7 @@ class Coordinator:
             flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
             flight.oldest_step = self._versions[receipt.oldest_version].step
             flight.response_tokens = receipt.response_tokens
+            self._flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
                 ticket_id,
                 oldest_version=receipt.oldest_version,
@@ -263,7 +266,7 @@ class Coordinator:
             self._count_drop(error)
         else:
             self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
-            flight.enter("ready", self._clock())
+            self._flights.ready(flight, self._clock())
             self._drops_in_a_row = 0
         self._issue()
         await self._notify()
@@ -291,10 +294,11 @@ class Coordinator:
 
     # Batches ----------------------------------------------------------------------------------------------------
 
-    async def next_batch(self, step: int) -> BatchGrant | None:
+    async def next_batch(self, step: int) -> BatchGrant | PublishAgain | None:
         """The batch of optimizer step number `step` (the first is 1), as soon as the contract allows it.
 
-        None when the run was asked to stop: the learner makes a checkpoint and ends.
+        Or the request to publish the newest weights again, where the policy store has lost them; None when the run
+        was asked to stop: the learner makes a checkpoint and ends.
 
         Raises:
             RunError: the run failed, or steps are asked for out of order.
@@ -305,9 +309,13 @@ class Coordinator:
         async with self._changed:
             while not (batch := self._flights.choose(self._step)) and not self._stopping:
                 self.check()
+                if self._updates.refill_wanted:
+                    break
                 await self._changed.wait()
         self.check()
         self._learner_waits_since = None
+        if (again := self._updates.take_refill()) is not None:
+            return again
         if self._stopping:
             return None
         last = max(batch, key=lambda f: f.stage_since_s)
@@ -331,6 +339,10 @@ class Coordinator:
         self._flights.grant(flight)
         return TicketGrant(ticket_id, flight.generation, flight.grading, flight.reference, age)
 
+    @property
+    def _published(self) -> Version:
+        return self._updates.published
+
     # Policy versions --------------------------------------------------------------------------------------------
 
     async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int]) -> int:
@@ -342,7 +354,7 @@ class Coordinator:
         if report.skipped is not None:
             self._recorder.event("skipped_step", report.skipped)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
-        return self._ledger.allocate_version(self._published.version, report.step)
+        return self._updates.expect(self._ledger.allocate_version(self._published.version, report.step))
 
     async def restored(self, step: int) -> int:
         """The learner holds the last checkpoint's weights; the version number to publish them under again."""
@@ -353,18 +365,21 @@ class Coordinator:
                 await self._changed.wait()
         if step != self._step:
             raise RunError(f"the learner must go on from step {self._step}, the ledger's last checkpoint, got {step}")
-        return self._ledger.allocate_version(self._published.version, step)
+        return self._updates.expect(self._ledger.allocate_version(self._published.version, step))
 
     async def published(self, version: int, step: int, manifest_sha256: str) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them."""
+        made = Version(version, self._published.version, step)
+        if not self._updates.arrived(made):
+            await self._notify()
+            return
         self._ledger.mark_published(version, manifest_sha256)
-        self._published = Version(version, self._published.version, step)
-        self._versions[version] = self._published
+        self._versions[version] = made
         self._flights.release()
         every = self._settings.evaluate_every_steps
         if self._resumed:
             self._resumed, self._issuing = False, not self._stopping
-            self._may_load.set()
+            self._updates.may_load.set()
         if step == self._settings.steps:
             self._spawn(self._finish())
         elif every and step % every == 0:
@@ -386,34 +401,6 @@ class Coordinator:
                 self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}")
             else:
                 self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}")
-
-    async def _follow(self, member: Member) -> None:
-        """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound."""
-        failures = 0
-        await self._may_load.wait()
-        while True:
-            async with self._changed:
-                while member.version == self._published.version:
-                    await self._changed.wait()
-            target = self._published
-            try:
-                receipt: LoadReceipt = await member.caller.ask(
-                    "pull", target.version, timeout_s=self._settings.sync_timeout_s
-                )
-            except DistrlError as error:
-                failures += 1
-                self._recorder.event("failed_call", f"{member.name} pulling version {target.version}: {error}")
-                if failures >= self._settings.call_attempts:
-                    raise DeadlineError(
-                        f"{member.name} must load policy version {target.version} in at most "
-                        f"{self._settings.call_attempts} attempts; the last error was: {error}"
-                    ) from error
-                continue
-            failures = 0
-            member.version = receipt.version
-            member.step = self._versions[receipt.version].step
-            self._recorder.load(member.name, receipt)
-            await self._pipeline.generation.changed()
 
     # Evaluation -------------------------------------------------------------------------------------------------
 

@@ -4,21 +4,25 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.calls import unwrap
+from deploy.publisher import Publisher
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.errors import DeadlineError, RunError
-from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
+from distrl.messages import BatchGrant, Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
 from learners.loop import train
-from learners.optimizer import OptimizerSettings
+from learners.parallel import ParallelSettings
 from learners.trainer import LoopSettings, Stages, Trainer
 from learners.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESOURCE = "distrl_learner"
 """A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""
@@ -35,13 +39,14 @@ class RayLink:
 
     def __init__(self, coordinator: Any, store: Any, timeout_s: float) -> None:
         self._coordinator = coordinator
-        self._store = store
+        self._publisher = Publisher(store, timeout_s)
         self._timeout_s = timeout_s
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
-        grant: BatchGrant | None = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
-        if grant is None:
-            return None
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
+        asked = self._coordinator.next_batch.remote(step)
+        grant: BatchGrant | PublishAgain | None = self._get(asked, "next_batch", None)
+        if grant is None or isinstance(grant, PublishAgain):
+            return grant
         tickets = []
         for ticket in grant.tickets:
             refs = [ticket.generation, ticket.grading, ticket.reference]
@@ -56,12 +61,10 @@ class RayLink:
     def restored(self, state: TrainState) -> int:
         return int(self._get(self._coordinator.restored.remote(state.step), "restored"))
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        sent = [self._store.add_chunk.remote(manifest.version, i, chunk) for i, chunk in enumerate(chunks)]
-        self._get(sent, "add_chunk")
-        self._get(self._store.publish.remote(manifest), "publish")
+    def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
+        self._publisher.publish(manifest, tensors, whole=again)
         told = self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256)
-        self._get(told, "published")
+        self._get(told, f"published, of policy version {manifest.version},")
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
         call = self._coordinator.commit_checkpoint.remote(str(path), state.step, state.version, sha256)
@@ -84,6 +87,10 @@ class RayLink:
 
 def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
     """The training loop's part of the config."""
+    import torch
+
+    from deploy.check import optimizer_settings
+
     t = config.train
     return LoopSettings(
         steps=t.steps,
@@ -91,37 +98,53 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         micro_batch_tokens=t.micro_batch_tokens,
         checkpoint_every_steps=t.checkpoint_every_steps,
         checkpoints=run_dir.checkpoints,
-        optimizer=OptimizerSettings(t.learning_rate, t.lr_warmup_steps, t.weight_decay, t.betas, t.max_grad_norm),
+        optimizer=optimizer_settings(config),
+        layout=t.layout,
+        parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
+        skipped_in_a_row=config.limits.skipped_steps_in_a_row,
     )
+
+
+def make_trainer(config: Config, run_dir: RunDir, world: World) -> Trainer:
+    """A worker's trainer, with the model that the run begins from."""
+    import torch
+
+    from deploy.check import build_recipe
+    from distrl.lora import LoraSettings, add_adapters
+    from distrl.models import load_model, load_tokenizer
+
+    model: Any = load_model(config.model.path, torch.float32)
+    lora = config.train.lora
+    if lora.rank:
+        add_adapters(model, LoraSettings(lora.rank, lora.alpha, lora.targets), config.run.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    settings = loop_settings(config, run_dir)
+    return Trainer(model.to(world.device), tokenizer, build_recipe(config), settings, world)
 
 
 def worker_main(arguments: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import torch
     from ray import train as ray_train
-
-    from deploy.check import build_recipe
-    from distrl.models import load_model, load_tokenizer
+    from ray.train.torch import get_device
 
     config: Config = arguments["config"]
     torch.set_num_threads(config.run.threads_per_process)
-    settings = loop_settings(config, arguments["run_dir"])
-    tokenizer = load_tokenizer(config.model.path)
-    trainer = Trainer(load_model(config.model.path, torch.float32), tokenizer, build_recipe(config), settings)
-    link = RayLink(arguments["coordinator"], arguments["store"], config.limits.publish_timeout_s)
     context = ray_train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
+    world = World.join(context.get_world_rank(), context.get_world_size(), get_device())
+    trainer = make_trainer(config, arguments["run_dir"], world)
+    link = RayLink(arguments["coordinator"], arguments["store"], config.limits.publish_timeout_s)
 
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
     checkpoint: Path | None = arguments["checkpoint"]
     resume = None if checkpoint is None else trainer.restore(checkpoint)
-    train(trainer, settings, link, world, resume, report)
+    train(trainer, loop_settings(config, arguments["run_dir"]), link, world, resume, report)
 
 
 class RayTrainGroup:
-    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
+    """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
     Args:
         checkpoint: the one that the ledger named last, to go on from; None begins anew.
@@ -155,13 +178,20 @@ class RayTrainGroup:
     def _fit(self) -> None:
         # Imported here, beside the start of the other actors: it takes seconds.
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
+        train = self._arguments["config"].train
         try:
             trainer = TorchTrainer(
                 worker_main,
                 train_loop_config=self._arguments,
-                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, RESOURCE: 1}),
+                scaling_config=ScalingConfig(
+                    num_workers=train.workers,
+                    use_gpu=train.device == "cuda",
+                    resources_per_worker={"CPU": 0, RESOURCE: 1, **({"GPU": 1} if train.device == "cuda" else {})},
+                ),
+                # Small messages and checkpoints stay on the CPU.
+                torch_config=TorchConfig(backend="gloo" if train.device == "cpu" else "cpu:gloo,cuda:nccl"),
                 run_config=RunConfig(
                     name="learner",
                     storage_path=str(self._run_dir.path / "ray_train"),

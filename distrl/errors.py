@@ -7,6 +7,8 @@ DistrlError
 ├── LedgerError (RuntimeError)     a ticket transition that the state machine does not allow
 ├── StageError (RuntimeError)      a generation, grading, reference or journal call failed
 ├── PolicyError (RuntimeError)     published weights are missing, damaged or of the wrong shape
+│   ├── LostWeightsError           the policy store does not have them (any more)
+│   └── DamagedWeightsError        their bytes are not those that were published
 ├── DeadlineError (TimeoutError)   something was waited for longer than its configured deadline
 └── RunError (RuntimeError)        a run directory or a running system is not in the state that was asked for
 """
@@ -38,6 +40,14 @@ class StageError(DistrlError, RuntimeError):
 
 class PolicyError(DistrlError, RuntimeError):
     """Published weights are missing, damaged or of the wrong shape."""
+
+
+class LostWeightsError(PolicyError):
+    """The policy store does not have published weights (any more); the learner may publish them again."""
+
+
+class DamagedWeightsError(PolicyError):
+    """The bytes of published weights are not those that were published; the learner may publish them again."""
 
 
 class DeadlineError(DistrlError, TimeoutError):

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from distrl.manifest import pack
-from distrl.messages import Chunk, Manifest, StepReport
+from torch import Tensor
+
+from distrl.manifest import describe
+from distrl.messages import Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState, Written
 from learners.trainer import LoopSettings, Stages, Trainer
 from learners.world import World
@@ -16,8 +18,11 @@ from learners.world import World
 class RunLink(Protocol):
     """What the first worker's loop asks of the rest of the run; every call has a deadline."""
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
-        """The tickets of a step, in order, and the staleness of each by ticket id; None to stop."""
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
+        """The tickets of a step, in order, and the staleness of each by ticket id; None to stop.
+
+        While the loop waits here its weights are those that it published last, so it may be asked for them again.
+        """
         ...
 
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
@@ -28,8 +33,12 @@ class RunLink(Protocol):
         """A checkpoint was loaded; the version number to publish its weights under again."""
         ...
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        """Hands a version to the policy store and tells the run."""
+    def publish(self, manifest: Manifest, tensors: Mapping[str, Tensor], *, again: bool = False) -> None:
+        """Hands a version to the policy store and tells the run; `tensors` do not change until it returns.
+
+        Args:
+            again: the version is published, and the store has lost or damaged it.
+        """
         ...
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
@@ -67,7 +76,8 @@ def train(
         _publish(trainer, link, world, version, done)
     for step in range(done + 1, settings.steps + 1):
         began = clock()
-        batch = world.from_first(partial(link.next_batch, step))
+        while isinstance(batch := world.from_first(partial(link.next_batch, step)), PublishAgain):
+            _publish(trainer, link, world, batch.version, batch.step, again=True)
         if batch is None:
             break
         tickets, staleness = batch
@@ -92,11 +102,10 @@ def train(
         _commit(link, world, trainer.finished_checkpoint(wait=True))
 
 
-def _publish(trainer: Trainer, link: RunLink, world: World, version: int, step: int) -> None:
+def _publish(trainer: Trainer, link: RunLink, world: World, version: int, step: int, *, again: bool = False) -> None:
     tensors = trainer.policy_tensors()
     if world.first:
-        manifest, chunks = pack(tensors, version=version, step=step)
-        link.publish(manifest, chunks)
+        link.publish(describe(tensors, version=version, step=step), tensors, again=again)
 
 
 def _commit(link: RunLink, world: World, written: Written | None) -> None:

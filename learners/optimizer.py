@@ -22,7 +22,7 @@ class OptimizerSettings:
     max_grad_norm: float
     schedule: str = "constant_with_warmup"
     """Of `transformers.get_scheduler`."""
-    schedule_options: Mapping[str, float] = field(default_factory=dict)
+    schedule_options: Mapping[str, float | str] = field(default_factory=dict)
     steps: int = 1
     """Optimizer steps of the run."""
 
@@ -58,6 +58,11 @@ def check_schedule(settings: OptimizerSettings) -> None:
     Raises:
         ConfigError: the schedule lacks an option, does not know one or cannot be computed with them.
     """
+    if settings.schedule == "constant" and settings.warmup_steps:
+        raise ConfigError(
+            f"train.lr_warmup_steps must be 0 for train.lr_schedule constant, got {settings.warmup_steps}; use "
+            "constant_with_warmup"
+        )
     try:
         for step in (1, settings.steps):
             learning_rate(settings, step)
@@ -70,7 +75,7 @@ def check_schedule(settings: OptimizerSettings) -> None:
 
 @cache
 def _factor(
-    name: str, rate: float, warmup: int, steps: int, options: tuple[tuple[str, float], ...]
+    name: str, rate: float, warmup: int, steps: int, options: tuple[tuple[str, float | str], ...]
 ) -> Callable[[int], float]:
     from transformers import get_scheduler
 

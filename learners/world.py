@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +32,9 @@ class World:
         """Makes the groups; every worker calls it, after `init_process_group`."""
         if size == 1:
             return cls(rank, size, device)
-        control, files = (distributed.new_group(backend="gloo") for _ in range(2))
+        # A worker waits in a message for the first one, which waits for a batch. How long that takes is bounded by the
+        # run; that a worker dies shows at once.
+        control, files = (distributed.new_group(backend="gloo", timeout=timedelta(days=1)) for _ in range(2))
         return cls(rank, size, device, control, files)
 
     @property
