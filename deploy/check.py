@@ -119,9 +119,9 @@ def _check_learner(config: Config, longest_prompt: int) -> None:
             f"rollout.max_new_tokens ({config.rollout.max_new_tokens}), {longest}, got {t.micro_batch_tokens}; raise "
             "it, or lower data.max_prompt_tokens"
         )
-    if t.lora.rank == 0 and t.lora.targets:
+    if config.lora.rank == 0 and config.lora.targets:
         raise ConfigError(
-            f"train.lora.targets must be empty where train.lora.rank is 0, got {list(t.lora.targets)}; all parameters "
+            f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
             "are trained"
         )
 
@@ -198,9 +198,9 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
 def _explain_learner(config: Config) -> str:
     t = config.train
     workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
-    what = f"adapters of rank {t.lora.rank}, " if t.lora.rank else ""
+    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
     schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
     return (
-        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint every "
-        f"{t.checkpoint_every_steps} steps"
+        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "
+        f"every {t.checkpoint_every_steps} steps"
     )

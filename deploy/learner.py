@@ -114,7 +114,7 @@ def make_trainer(config: Config, run_dir: RunDir, world: World) -> Trainer:
     from distrl.models import load_model, load_tokenizer
 
     model: Any = load_model(config.model.path, torch.float32)
-    lora = config.train.lora
+    lora = config.lora
     if lora.rank:
         add_adapters(model, LoraSettings(lora.rank, lora.alpha, lora.targets), config.run.seed)
     tokenizer = load_tokenizer(config.model.path)

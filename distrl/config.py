@@ -143,7 +143,6 @@ class TrainConfig(_Section):
     layout: Literal["bucketed", "packed"] = "bucketed"
     """`bucketed`: sequences of similar length side by side; `packed`: one after the other in one row, not seeing each
     other."""
-    lora: LoraConfig = LoraConfig()
 
     steps: int = Field(100, ge=1)
     """Optimizer steps of the run."""
@@ -239,6 +238,7 @@ class Config(_Section):
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
 

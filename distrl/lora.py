@@ -34,7 +34,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(
-            "train.lora.rank must be 0 where peft is not installed; pip install 'distrl[lora]'"
+            "lora.rank must be 0 where peft is not installed; pip install 'distrl[lora]'"
         ) from error
     config = LoraConfig(
         r=settings.rank,
@@ -48,7 +48,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
             inject_adapter_in_model(config, model, adapter_name=NAME)
     except ValueError as error:
         raise ConfigError(
-            f"train.lora.targets must name linear layers of {type(model).__name__}, got {list(settings.targets)}: "
+            f"lora.targets must name linear layers of {type(model).__name__}, got {list(settings.targets)}: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distrl.errors import RunError
@@ -102,7 +103,7 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         try:
             return pending.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise RunError(f"checkpoint: cannot be written: {type(error).__name__}: {error}") from error
 
     def _write(
@@ -167,7 +168,7 @@ def load_checkpoint(
             process_group=world.files,
             no_dist=world.size == 1,
         )
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise RunError(
             f"checkpoint {directory}: the training state must be that of the model and the settings of the run: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"

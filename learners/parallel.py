@@ -39,7 +39,7 @@ def prepare_model(model: Any, settings: ParallelSettings) -> None:
                 f"train.activation_checkpointing must be false for the model class {type(model).__name__}, which "
                 "has no blocks that can be computed again, got true"
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
         # transformers computes blocks again in training mode only.
         model.train()
         for module in model.modules():

@@ -90,7 +90,9 @@ def cost(part: torch.Tensor, lengths: torch.Tensor, packed: bool) -> int:
     return int(lengths[part].sum()) if packed else len(part) * int(lengths[part].max())
 
 
-@given(LENGTHS, st.integers(24, 150), st.integers(1, 4), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+@given(
+    LENGTHS, st.integers(24, 150), st.integers(1, 4), st.booleans(), st.booleans(), st.randoms(use_true_random=False)
+)
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_in_one_micro_batch_within_the_budget_and_workers_pass_equally_often(
     groups: list[list[int]], tokens: int, workers: int, packed: bool, whole: bool, rng: Random
