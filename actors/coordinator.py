@@ -20,13 +20,13 @@ from actors.recorder import Recorder
 from actors.updates import UpdateLimits, Updates
 from actors.waits import Stopwatch, WaitReport, blame
 from distrl.errors import DistrlError, LedgerError, RunError
-from distrl.ledger import Ledger
+from distrl.ledger import Draw, Ledger
 from distrl.messages import BatchGrant, PublishAgain, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
 from distrl.staleness import Admission, Version, staleness
 from distrl.tasks.problem import Problem
-from distrl.tickets import DropReason, Ticket
+from distrl.tickets import POLICY_WEIGHTS, DropReason, Ticket, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class CoordinatorSettings:
     drops_in_a_row: int
     evaluate_every_steps: int
     keep_checkpoints: int
+    opponents: bool = False
+    """Whether something is sampled from weights that are published for opponents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Coordinator:
         self._recorder = recorder
         self._clock = clock
         self._evaluator = Evaluator(pipeline, settings.seed, clock)
-        self._reissue: deque[tuple[int, str]] = deque()  # tickets of an earlier process that must be sampled again
+        self._reissue: deque[Draw] = deque()  # tickets of an earlier process that must be sampled again
         self._versions = ledger.versions()
         resumed = ledger.last_checkpoint()
         if resumed is None:
@@ -98,9 +100,13 @@ class Coordinator:
         self._fatal: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Condition()
-        self._updates = Updates(
-            self._versions, start, pipeline.generation, settings.updates, recorder, self._changed, self.fail
+        self._updates = Updates(self._versions, start, settings.updates, recorder, self._changed, self.fail)
+        # No weights of opponents are there before the first publication: engines start from the policy's.
+        self._opponents = Updates(
+            {}, Version(0, None, 0), settings.updates, recorder, self._changed, self.fail, weights_of(Role.OPPONENT)
         )
+        self._may_load = asyncio.Event()
+        """Set once the weights may change that sample for training."""
         self._held = Stopwatch(clock)
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
@@ -113,8 +119,16 @@ class Coordinator:
 
     async def start(self) -> None:
         """Begins to issue tickets, beside the first evaluation."""
-        for member in self._pipeline.generation.members:
-            self._spawn(self._updates.follow(member))
+        pipeline = self._pipeline
+        for member in pipeline.generation.members:
+            self._spawn(self._updates.follow(pipeline.generation, member, self._may_load))
+        if (apart := pipeline.own_pools.get(Role.EVALUATION)) is not None:
+            for member in apart.members:
+                self._spawn(self._updates.follow(apart, member, self._evaluator.may_load))
+        if self._settings.opponents:
+            pool = pipeline.pool_of(Role.OPPONENT)
+            for member in pool.members:
+                self._spawn(self._opponents.follow(pool, member, self._may_load))
         self._spawn(self._go_on() if self._resumed else self._begin())
 
     async def _go_on(self) -> None:
@@ -125,7 +139,7 @@ class Coordinator:
         recovery = self._ledger.recover(self._step)
         for kept in recovery.ready:
             oldest_step = self._versions[kept.oldest_version].step
-            flight = self._flight(kept.ticket_id, kept.prompt_id, oldest_step)
+            flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), oldest_step)
             flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
@@ -141,11 +155,14 @@ class Coordinator:
         await self._notify()
 
     async def _begin(self) -> None:
-        # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end.
+        # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end by those that
+        # sample for it.
         self._issuing = True
         self._issue()
+        if self._evaluator.apart:
+            self._may_load.set()
         await self._evaluate("before", self._prompts.heldout)
-        self._updates.may_load.set()
+        self._may_load.set()
 
     async def _finish(self) -> None:
         self._issuing = False
@@ -210,19 +227,20 @@ class Coordinator:
             member = self._pipeline.generation.take(settings.group_size, _at_least(oldest_step))
             if member is None:
                 break
-            self._launch(member, *(self._reissue.popleft() if self._reissue else self._draw()))
+            self._launch(member, self._reissue.popleft() if self._reissue else self._draw())
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
 
-    def _draw(self) -> tuple[int, str]:
+    def _draw(self) -> Draw:
         return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
-    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
-        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+    def _launch(self, member: Member, draw: Draw) -> None:
+        flight = self._flight(draw, oldest_step=member.step)
         self._flights.add(flight)
         self._spawn(self._carry(flight, member))
 
-    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+    def _flight(self, draw: Draw, oldest_step: int) -> Flight:
+        ticket_id, prompt_id, redraw = draw
         problem = self._prompts.draw(ticket_id)
         if problem.prompt_id != prompt_id:
             raise RunError(
@@ -231,12 +249,12 @@ class Coordinator:
             )
         ticket = Ticket(
             ticket_id=ticket_id,
-            redraw=0,
+            redraw=redraw,
             prompt_id=prompt_id,
             prompt=problem.prompt,
             role=Role.POLICY,
             group_size=self._settings.group_size,
-            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
             messages=problem.messages,
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
@@ -253,8 +271,7 @@ class Coordinator:
             self._flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
                 ticket_id,
-                oldest_version=receipt.oldest_version,
-                newest_version=receipt.newest_version,
+                versions=receipt.versions,
                 rollouts=receipt.rollouts,
                 response_tokens=receipt.response_tokens,
             )
@@ -290,7 +307,7 @@ class Coordinator:
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
         self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
         if flight.ticket.role == Role.POLICY:
-            self._ledger.count_attempt(flight.ticket.ticket_id)
+            self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 
     # Batches ----------------------------------------------------------------------------------------------------
 
@@ -319,7 +336,9 @@ class Coordinator:
         if self._stopping:
             return None
         last = max(batch, key=lambda f: f.stage_since_s)
-        self._waits.add(blame((began, self._clock()), last.timeline))
+        now = self._clock()
+        self._waits.add(blame((began, now), last.timeline))
+        self._ledger.record_wait(last.ticket.ticket_id, step, now - began)
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._issue()
@@ -348,13 +367,13 @@ class Coordinator:
     async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int]) -> int:
         """The learner has done a step. Returns the version number for the weights it made."""
         self.check()
-        self._ledger.mark_trained(report.step, staleness_by_ticket)
+        version = self._ledger.mark_trained(report.step, staleness_by_ticket, self._published.version)
         trained = self._flights.trained(report.step, staleness_by_ticket)
         rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
         if report.skipped is not None:
             self._recorder.event("skipped_step", report.skipped)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
-        return self._updates.expect(self._ledger.allocate_version(self._published.version, report.step))
+        return self._updates.expect(version)
 
     async def restored(self, step: int) -> int:
         """The learner holds the last checkpoint's weights; the version number to publish them under again."""
@@ -367,8 +386,16 @@ class Coordinator:
             raise RunError(f"the learner must go on from step {self._step}, the ledger's last checkpoint, got {step}")
         return self._updates.expect(self._ledger.allocate_version(self._published.version, step))
 
-    async def published(self, version: int, step: int, manifest_sha256: str) -> None:
-        """The weights of `version` are in the policy store; generation actors are told to pull them."""
+    async def published(self, version: int, step: int, manifest_sha256: str, weights: str = POLICY_WEIGHTS) -> None:
+        """The weights of `version` are in the policy store; generation actors are told to pull them.
+
+        Args:
+            weights: whose; an opponent's version is that of the policy at which it was made.
+        """
+        if weights != POLICY_WEIGHTS:
+            self._opponents.arrived(Version(version, None, step))
+            await self._notify()
+            return
         made = Version(version, self._published.version, step)
         if not self._updates.arrived(made):
             await self._notify()
@@ -379,12 +406,14 @@ class Coordinator:
         every = self._settings.evaluate_every_steps
         if self._resumed:
             self._resumed, self._issuing = False, not self._stopping
-            self._updates.may_load.set()
+            self._may_load.set()
+            self._evaluator.may_load.set()
         if step == self._settings.steps:
             self._spawn(self._finish())
         elif every and step % every == 0:
             # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
-            self._issuing = self._issuing and self._settings.admission.max_staleness > 0
+            shared = not self._evaluator.apart
+            self._issuing = self._issuing and (not shared or self._settings.admission.max_staleness > 0)
             self._spawn(self._evaluate_during())
         await self._notify()
         self._issue()
@@ -410,8 +439,7 @@ class Coordinator:
         self._issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
-        step = self._published.step
-        result: Evaluation = await self._evaluator.run(name, problems, step, _at_least(step))
+        result: Evaluation = await self._evaluator.run(name, problems, self._published.step)
         self._ledger.record_evaluation(result.row())
         self._recorder.evaluation(result.row())
 

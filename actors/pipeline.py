@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from actors.calls import Caller
 from actors.coalescer import Coalescer
 from actors.flight import Flight
 from actors.pool import Member, Pool
-from distrl.errors import DistrlError, RunError
+from distrl.errors import DistrlError, RunError, StageError
 from distrl.messages import GenerationReceipt, JournalReceipt
+from distrl.schema import Role
 from distrl.tickets import DropReason
 
 
@@ -51,7 +52,9 @@ class Pipeline:
     """Calls the stages and keeps the references; never touches the data.
 
     Args:
+        generation: samples what is trained, and what no pool of its own samples.
         clock: seconds since the epoch.
+        own_pools: generation actors that sample for one role only.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Pipeline:
         journal: Caller,
         limits: PipelineLimits,
         clock: Callable[[], float],
+        own_pools: Mapping[Role, Pool] | None = None,
     ) -> None:
         self.generation = generation
+        self.own_pools = own_pools or {}
         self.grading = grading
         self.reference = reference
         self._journal = journal
@@ -77,6 +82,10 @@ class Pipeline:
         if reference is not None:
             self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference)
 
+    def pool_of(self, role: str) -> Pool:
+        """The generation actors that sample for a role."""
+        return self.own_pools.get(Role(role), self.generation)
+
     async def sample(self, flight: Flight, member: Member | None, fits: Callable[[Member], bool]) -> GenerationReceipt:
         """Samples the ticket's responses.
 
@@ -87,11 +96,12 @@ class Pipeline:
             TicketFailedError: every attempt failed.
         """
         places = flight.ticket.group_size
+        pool = self.pool_of(flight.ticket.role)
         first = member
 
         async def attempt() -> GenerationReceipt:
             nonlocal first
-            here = first or await self.generation.wait_take(places, fits)
+            here = first or await pool.wait_take(places, fits)
             first = None
             flight.enter("generation", self._clock())
             try:
@@ -100,7 +110,7 @@ class Pipeline:
                     "generate", flight.ticket, timeout_s=self._limits.generation_timeout_s
                 )
             finally:
-                await self.generation.give_back(here, places)
+                await pool.give_back(here, places)
             return answer
 
         receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)
@@ -182,13 +192,13 @@ class Pipeline:
             delay_s *= 2
         raise AssertionError("limits.call_attempts is at least 1")
 
-    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades], Any]:
+    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
         receipt, batch = await member.caller.batch(
             "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
         )
-        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, strict=True)
-        return [Grades(*row) for row in rows], batch
+        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
+        return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
         _, batch = await member.caller.batch(

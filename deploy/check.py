@@ -4,12 +4,18 @@ from dataclasses import dataclass
 
 from distrl.config import Config
 from distrl.errors import ConfigError
+from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
+from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
-from distrl.rewards import check_columns, make_grader
+from distrl.schema import Role
 from distrl.tasks import Task, load_task
+from distrl.tickets import weights_of
 from learners.optimizer import OptimizerSettings, check_schedule
+
+SAMPLED = {"v_star": Role.REFERENCE, "preference": Role.OPPONENT}
+"""Columns that need responses of others than the policy, with whose."""
 
 PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values"})
 """Models and columns that a run can produce for an objective."""
@@ -19,7 +25,7 @@ PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", 
 class RunPlan:
     """What follows from a config."""
 
-    grader: str
+    graders: Graders
     scores_reference: bool
     recipe: Recipe
     train_problems: int
@@ -28,6 +34,8 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
+    """Roles that generation actors sample for."""
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -63,11 +71,9 @@ def check_run(config: Config) -> RunPlan:
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
-    grader = _check_grader(config, task)
+    graders = check_graders(config, task)
     recipe = build_recipe(config)
-    # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
-    lowest_reward = None if ":" in grader else 0.0
-    check(recipe, lowest_reward=lowest_reward, group_size=config.rollout.group_size, produced=PRODUCED)
+    check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=PRODUCED)
     check_heldout(config, task)
     _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe)
@@ -79,9 +85,50 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
+    samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
+    _check_actors(config, samples)
     return RunPlan(
-        grader, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
+        graders,
+        scores_reference,
+        recipe,
+        len(task.train),
+        len(task.heldout),
+        lengths.left_out,
+        lengths.longest,
+        samples,
     )
+
+
+def _check_actors(config: Config, samples: frozenset[Role]) -> None:
+    """
+    Raises:
+        ConfigError: generation actors for a role that nothing is sampled for.
+    """
+    for role, actors in own_actors(config).items():
+        if actors and role not in samples:
+            raise ConfigError(
+                f"generation.{role}_actors must be 0 for objective.recipe {config.objective.recipe} as configured, got "
+                f"{actors}; nothing is sampled for that role: remove it"
+            )
+
+
+def own_actors(config: Config) -> dict[Role, int]:
+    """Generation actors that sample for one role alone; 0 where it shares those that sample for training."""
+    g = config.generation
+    return {
+        Role.EVALUATION: g.evaluation_actors,
+        Role.REFERENCE: g.reference_actors,
+        Role.OPPONENT: g.opponent_actors,
+    }
+
+
+def weights_by_role(config: Config, samples: frozenset[Role]) -> dict[Role, tuple[str, ...]]:
+    """By the role whose generation actors they are, the names of the weights that these hold."""
+    own = own_actors(config)
+    shared = {weights_of(role) for role in samples if not own.get(role)}
+    apart = {role: (weights_of(role),) for role in sorted(samples) if own.get(role)}
+    return {Role.POLICY: tuple(sorted({weights_of(Role.POLICY)} | shared)), **apart}
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
@@ -126,17 +173,25 @@ def _check_learner(config: Config, longest_prompt: int) -> None:
         )
 
 
-def _check_grader(config: Config, task: Task) -> str:
-    """Name of the run's grader."""
-    grader = config.reward.grader or task.default_reward
-    if config.data.answer_key == "" and ":" not in grader:
-        raise ConfigError(
-            f"reward.grader must be a function of your own where data.answer_key is '' and there are no answers, got "
-            f"{grader!r}; set it to module:function, or name the column of the answers in data.answer_key"
-        )
-    make_grader(grader)
-    check_columns(grader, task.heldout[0])
-    return grader
+def check_graders(config: Config, task: Task) -> Graders:
+    """The run's graders by name.
+
+    Raises:
+        ConfigError: one is unknown, has options that do not suit it, or needs what the data lacks.
+    """
+    graders = chosen_graders(config.reward.grader, config.reward.graders, task.default_reward)
+    for name, one in graders.items():
+        setting = f"reward.graders.{name}.grader" if config.reward.graders else "reward.grader"
+        target = one.named(name)
+        known = BUILT_IN.get(target)
+        if config.data.answer_key == "" and known is not None and known.needs_answer:
+            raise ConfigError(
+                f"{setting} must be a function of your own where data.answer_key is '' and there are no answers, got "
+                f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
+            )
+        check_options(target, one.options, setting=setting)
+        check_columns(target, task.heldout[0], setting=setting)
+    return graders
 
 
 def check_heldout(config: Config, task: Task) -> None:
@@ -181,8 +236,10 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"objective {plan.recipe.name} ({options}); {plan.recipe.source}",
         f"staleness {age}",
         f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "
-        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}",
-        f"grades    {c.grading.actors} grading actor(s), {plan.grader}, {c.grading.concurrency} tickets at a time each",
+        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}"
+        + "".join(f"; {n} more for {role} alone" for role, n in own_actors(c).items() if n),
+        f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
+        "a time each",
         f"scores    {reference}",
         _explain_learner(config),
         f"evaluates {c.evaluation.problems} held-out problems before and after"

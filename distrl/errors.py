@@ -4,7 +4,8 @@ DistrlError
 ├── ConfigError (ValueError)       a setting is missing, unknown, out of range or contradicts another
 ├── DataError (ValueError)         a prompt file, model directory or dataset cannot be used
 ├── SchemaError (ValueError)       a record batch breaks a rule of its stage's schema
-├── LedgerError (RuntimeError)     a ticket transition that the state machine does not allow
+├── LedgerError (RuntimeError)     a move that the ledger does not allow, or its file cannot be used
+│   └── FencedError                another process has taken the ledger over
 ├── StageError (RuntimeError)      a generation, grading, reference or journal call failed
 ├── PolicyError (RuntimeError)     published weights are missing, damaged or of the wrong shape
 │   ├── LostWeightsError           the policy store does not have them (any more)
@@ -31,7 +32,11 @@ class SchemaError(DistrlError, ValueError):
 
 
 class LedgerError(DistrlError, RuntimeError):
-    """A ticket transition that the state machine does not allow."""
+    """A ticket transition that the state machine does not allow, or a ledger file that cannot be used."""
+
+
+class FencedError(LedgerError):
+    """Another process has taken the ledger over; the one that meets this must end."""
 
 
 class StageError(DistrlError, RuntimeError):

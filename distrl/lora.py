@@ -33,9 +33,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError(
-            "lora.rank must be 0 where peft is not installed; pip install 'distrl[lora]'"
-        ) from error
+        raise ConfigError("lora.rank must be 0 where peft is not installed; pip install 'distrl[lora]'") from error
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]

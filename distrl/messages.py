@@ -17,12 +17,20 @@ class GenerationReceipt:
     ticket_id: int
     rollouts: int
     response_tokens: int
-    oldest_version: int
-    newest_version: int
+    versions: tuple[int, ...]
+    """All policy versions that sampled one of its tokens, in order."""
     bytes: int
     """Size of the batch in the object store."""
     started_s: float
     finished_s: float
+
+    @property
+    def oldest_version(self) -> int:
+        return self.versions[0]
+
+    @property
+    def newest_version(self) -> int:
+        return self.versions[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,8 @@ class GradingReceipt:
     reward_sums: tuple[float, ...]
     correct: tuple[int, ...]
     rollouts: tuple[int, ...]
+    failures: tuple[str | None, ...]
+    """Why a ticket could not be graded; its rollouts are not in the batch, and its numbers are 0."""
     bytes: int
     started_s: float
     finished_s: float
@@ -100,6 +110,9 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     sha256: str
     """Hash over the entries; two manifests with the same hash hold the same weights."""
+    weights: str = "policy"
+    """Whose they are: see `distrl.tickets.weights_of`. Versions of different weights have nothing to do with each
+    other; equal tensors are kept once all the same."""
 
 
 @dataclass(frozen=True, slots=True)
