@@ -1,6 +1,7 @@
 """What a config would run: checked before anything starts, and told in words."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from distrl.config import Config
 from distrl.errors import ConfigError
@@ -9,6 +10,7 @@ from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
+from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
 from distrl.tickets import weights_of
@@ -68,6 +70,7 @@ def check_run(config: Config) -> RunPlan:
     Raises:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
+    _check_engine(config)
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
@@ -98,6 +101,22 @@ def check_run(config: Config) -> RunPlan:
         lengths.longest,
         samples,
     )
+
+
+def _check_engine(config: Config) -> None:
+    if config.generation.engine != "vllm":
+        return
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "generation.engine vllm must have vLLM installed beside distrl, found none; install distrl[vllm] on a "
+            "machine with GPUs, make the environment of docs/vllm.md on one without, or set "
+            "generation.engine=transformers"
+        )
+    if config.generation.engine_args:
+        # Imported here: it takes many seconds.
+        from actors.engines.vllm_start import check_engine_args
+
+        check_engine_args(config.generation.engine_args)
 
 
 def _check_actors(config: Config, samples: frozenset[Role]) -> None:
@@ -190,6 +209,8 @@ def check_graders(config: Config, task: Task) -> Graders:
                 f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
             )
         check_options(target, one.options, setting=setting)
+        if known is not None and known.sandboxed:
+            check_sandbox(config.sandbox, setting=f"{setting} {target}")
         check_columns(target, task.heldout[0], setting=setting)
     return graders
 

@@ -16,6 +16,7 @@ from distrl.errors import DeadlineError, RunError
 from distrl.messages import BatchGrant, Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
+from learners.logp_check import LogpCheckSettings
 from learners.loop import train
 from learners.parallel import ParallelSettings
 from learners.trainer import LoopSettings, Stages, Trainer
@@ -102,6 +103,14 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         layout=t.layout,
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
         skipped_in_a_row=config.limits.skipped_steps_in_a_row,
+        logp_check=LogpCheckSettings(
+            # What the fake engine records is no model's.
+            rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,
+            bound=t.logp_mismatch_bound,
+            max_staleness=t.max_staleness,
+            update_mode=config.generation.update_mode,
+            temperature=config.rollout.temperature,
+        ),
     )
 
 

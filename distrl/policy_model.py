@@ -71,6 +71,11 @@ class PolicyModel(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         self._check()
 
+    @property
+    def device(self) -> torch.device:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight.device
+
     def forward(self, tokens: PaddedTokens, temperature: float) -> Scores:
         """Scores of the responses.
 
@@ -119,7 +124,7 @@ class PolicyModel(nn.Module):
     def _check(self) -> None:
         """Compares the logits with the model's own on two short sequences."""
         name = type(self.model).__name__
-        device = self.model.get_output_embeddings().weight.device
+        device = self.device
         if device.type == "meta":
             return
         vocabulary = self.model.config.get_text_config().vocab_size

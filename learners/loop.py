@@ -82,9 +82,12 @@ def train(
             break
         tickets, staleness = batch
         received = clock()
-        result = trainer.step(trainer.training_batch(tickets), step)
+        tensors = trainer.training_batch(tickets)
+        checked = trainer.check_logps(tensors, version, step)
+        result = trainer.step(tensors, step)
         done_s = clock()
-        told = StepReport(step, received - began, done_s - received, last_publish_s, result.metrics, result.skipped)
+        metrics = {**result.metrics, **checked}
+        told = StepReport(step, received - began, done_s - received, last_publish_s, metrics, result.skipped)
         version = world.from_first(partial(link.trained, told, staleness))
         _publish(trainer, link, world, version, step)
         done = step
@@ -95,7 +98,7 @@ def train(
         else:
             _commit(link, world, trainer.finished_checkpoint())
         last_publish_s = clock() - done_s
-        report(result.metrics)
+        report(metrics)
     _commit(link, world, trainer.finished_checkpoint(wait=True))
     if saved < done:
         trainer.begin_checkpoint(TrainState(done, version))
@@ -106,6 +109,7 @@ def _publish(trainer: Trainer, link: RunLink, world: World, version: int, step: 
     tensors = trainer.policy_tensors()
     if world.first:
         link.publish(describe(tensors, version=version, step=step), tensors, again=again)
+    trainer.published(version)
 
 
 def _commit(link: RunLink, world: World, written: Written | None) -> None:

@@ -15,6 +15,7 @@ from distrl.policy_model import Layout, PolicyModel
 from learners.batches import Budget, TrainingBatch, split, training_batch
 from learners.checkpoint import CheckpointWriter, TrainState, Written, load_checkpoint
 from learners.gathering import whole_tensors
+from learners.logp_check import LogpCheck, LogpCheckSettings
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
 from learners.parallel import ParallelSettings, accumulating, parallelize, prepare_model
 from learners.world import World
@@ -33,6 +34,7 @@ class LoopSettings:
     checkpoint_every_steps: int
     checkpoints: Path
     optimizer: OptimizerSettings
+    logp_check: LogpCheckSettings
     layout: Layout = "bucketed"
     parallel: ParallelSettings = ParallelSettings()  # noqa: RUF009  (frozen)
     skipped_in_a_row: int = 3
@@ -80,6 +82,7 @@ class Trainer:
         self._module = parallelize(self.policy, self._world, settings.parallel)
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
         self._writer = CheckpointWriter(self._world, tokenizer.save_pretrained)
+        self._check = LogpCheck(self.policy, settings.logp_check)
         self._skipped = 0
 
     # Steps --------------------------------------------------------------------------------------------------------
@@ -121,6 +124,14 @@ class Trainer:
 
     def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
         return training_batch(tickets, self._tokenizer.pad_token_id or 0)
+
+    def check_logps(self, batch: TrainingBatch, version: int, step: int) -> dict[str, float]:
+        """Compares recorded log-probabilities with the model's own, see `learners.logp_check.LogpCheck`."""
+        return self._check(batch, version, step)
+
+    def published(self, version: int) -> None:
+        """The weights of the model are `version` now, for `check_logps`."""
+        self._check.published(version)
 
     def _split(self, batch: TrainingBatch) -> list[Tensor]:
         settings = self._settings

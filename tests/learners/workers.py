@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from distrl.messages import Manifest, StepReport
 from distrl.objectives import build
 from learners.checkpoint import TrainState
+from learners.logp_check import LogpCheckSettings
 from learners.loop import train
 from learners.optimizer import OptimizerSettings
 from learners.parallel import ParallelSettings
@@ -112,6 +113,7 @@ def run(case: Case, directory: Path, world: World | None = None, resume: Path | 
         checkpoint_every_steps=case.checkpoint_every_steps,
         checkpoints=directory,
         optimizer=OptimizerSettings(1e-2, 0, 0.1, (0.9, 0.95), case.max_grad_norm),
+        logp_check=LogpCheckSettings(3, 100.0, 1, "keep", 0.9),
         layout=case.layout,  # type: ignore[arg-type]
         parallel=ParallelSettings(
             case.parallel,  # type: ignore[arg-type]
