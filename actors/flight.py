@@ -26,6 +26,8 @@ class Flight:
     opponents: Any = None
     """Reference to the generation batch of the ticket's opponents, where it has some."""
     bytes: int = 0
+    versions: tuple[int, ...] = ()
+    """All policy versions that sampled one of its tokens."""
     oldest_version: int = 0
     newest_version: int = 0
     reward_mean: float = 0.0

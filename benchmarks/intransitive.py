@@ -42,7 +42,7 @@ from distrl.tasks import DataConfig, Problem, load_task, prompt_index
 from distrl.tickets import Ticket
 from distrl.warmup import WarmupPlan, cached_model
 from distrl.weights import policy_tensors
-from learners.loop import Stages
+from learners.trainer import Stages
 
 STYLES = "abc"
 OTHER = len(STYLES)
@@ -55,7 +55,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "nash-mp, average": {"target": "ema", "ema_rate": 0.1, "prox": 0.5},
     "self-play": {"target": "ema", "ema_rate": 1.0, "prox": 0.0},
 }
-"""Options of the recipe nash_mp; self-play is the same gradient against the policy itself, without the proximal term."""
+"""Options of the recipe nash_mp; self-play has the same gradient, the policy as its opponent and no proximal term."""
 
 
 def beats(first: str, second: str, answer: str, metadata: Mapping[str, object]) -> float:
@@ -207,8 +207,8 @@ def run_arm(name: str, seed: int, steps: int, every: int, model_path: Path, data
             opponents = -1
             for step in range(steps):
                 await players.engines["policy"].load(step, policy_tensors(model))
-                if trainer.anchors.changed["opponent"] != opponents:
-                    opponents = trainer.anchors.changed["opponent"]
+                if trainer.anchors.changed("opponent") != opponents:
+                    opponents = trainer.anchors.changed("opponent")
                     with trainer.anchors.in_place_of_the_policy("opponent"):
                         await players.engines["opponent"].load(step, policy_tensors(model))
                 trainer.step(trainer.training_batch(await players.batch(step)), step + 1)

@@ -1,6 +1,7 @@
 """What a config would run: checked before anything starts, and told in words."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from deploy.preferences import check_preference
 from deploy.values import RunValues, check_values
@@ -12,15 +13,20 @@ from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.objectives.upkeep import Frozen
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
+from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
 from distrl.tickets import weights_of
+from learners.optimizer import OptimizerSettings, check_schedule
 
 SAMPLED = {"preference": Role.OPPONENT}
 """Columns that need responses of others than the policy while a run trains, with whose."""
 
 PRODUCED = frozenset(
-    {"policy", "behavior", "reference", "rewards", "group", "v_star", "preference", "pairs", "pair_preference"}
+    {
+        *("policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"),
+        *("preference", "pairs", "pair_preference"),
+    }
 )
 """Models and columns that a run can produce for an objective."""
 
@@ -60,12 +66,28 @@ def build_recipe(config: Config) -> Recipe:
     return build(config.objective.recipe, **config.objective.options)
 
 
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    """The optimizer's part of the config."""
+    t = config.train
+    return OptimizerSettings(
+        t.learning_rate,
+        t.lr_warmup_steps,
+        t.weight_decay,
+        t.betas,
+        t.max_grad_norm,
+        t.lr_schedule,
+        t.lr_schedule_options,
+        t.steps,
+    )
+
+
 def check_run(config: Config) -> RunPlan:
     """Loads what can be loaded cheaply and refuses what could not run or would train something else than it says.
 
     Raises:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
+    _check_engine(config)
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
@@ -75,6 +97,7 @@ def check_run(config: Config) -> RunPlan:
     produced = PRODUCED | recipe.upkeep.keys()
     check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=produced)
     check_heldout(config, task)
+    _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe) and "reference" not in moving(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
@@ -102,6 +125,22 @@ def check_run(config: Config) -> RunPlan:
         check_preference(config, recipe),
         samples,
     )
+
+
+def _check_engine(config: Config) -> None:
+    if config.generation.engine != "vllm":
+        return
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "generation.engine vllm must have vLLM installed beside distrl, found none; install distrl[vllm] on a "
+            "machine with GPUs, make the environment of docs/vllm.md on one without, or set "
+            "generation.engine=transformers"
+        )
+    if config.generation.engine_args:
+        # Imported here: it takes many seconds.
+        from actors.engines.vllm_start import check_engine_args
+
+        check_engine_args(config.generation.engine_args)
 
 
 def _check_actors(config: Config, samples: frozenset[Role]) -> None:
@@ -156,6 +195,27 @@ def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") 
     )
 
 
+def _check_learner(config: Config, longest_prompt: int) -> None:
+    """
+    Raises:
+        ConfigError: a response may be too long for a micro-batch, or the learning rate has no such schedule.
+    """
+    check_schedule(optimizer_settings(config))
+    t = config.train
+    longest = longest_prompt + config.rollout.max_new_tokens
+    if longest > t.micro_batch_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens must be >= the longest prompt ({longest_prompt} tokens) with "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}), {longest}, got {t.micro_batch_tokens}; raise "
+            "it, or lower data.max_prompt_tokens"
+        )
+    if config.lora.rank == 0 and config.lora.targets:
+        raise ConfigError(
+            f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
+            "are trained"
+        )
+
+
 def check_graders(config: Config, task: Task) -> Graders:
     """The run's graders by name.
 
@@ -173,6 +233,8 @@ def check_graders(config: Config, task: Task) -> Graders:
                 f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
             )
         check_options(target, one.options, setting=setting)
+        if known is not None and known.sandboxed:
+            check_sandbox(config.sandbox, setting=f"{setting} {target}")
         check_columns(target, task.heldout[0], setting=setting)
     return graders
 
@@ -229,8 +291,7 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
         "a time each",
         f"scores    {reference}",
-        f"learns    1 learner, AdamW at {c.train.learning_rate:g}, a checkpoint every {c.train.checkpoint_every_steps} "
-        "steps",
+        _explain_learner(config),
         f"evaluates {c.evaluation.problems} held-out problems before and after"
         + (
             f", {c.evaluation.problems_during} every {c.evaluation.every_steps} steps"
@@ -239,3 +300,14 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         ),
         f"keeps     {c.run_dir}",
     ]
+
+
+def _explain_learner(config: Config) -> str:
+    t = config.train
+    workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
+    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+    schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
+    return (
+        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "
+        f"every {t.checkpoint_every_steps} steps"
+    )

@@ -7,15 +7,15 @@ forward pass, so that they need no model of their own.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distrl.errors import ConfigError, RunError
+from distrl.errors import ConfigError
 from distrl.objectives.upkeep import EMA, Frozen, Mixture, Reset, Snapshot, Upkeep
 
-State = dict[str, Any]
+STEP = "step"
+"""Of an anchor in a checkpoint, the entry that is no parameter."""
 
 
 class Anchors:
@@ -36,15 +36,14 @@ class Anchors:
                     f"the upkeep of {name} must be weights, got {kept.describe()}; no engine of this run mixes "
                     "two models token by token: use a recipe whose opponents are an average or a snapshot"
                 )
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         # A frozen model is scored where it lies: it may be another one than the policy's start.
         upkeep = {name: kept for name, kept in upkeep.items() if not isinstance(kept, Frozen)}
         self._upkeep = upkeep
         self._optimizer = optimizer
         # Equal upkeep is one copy.
         self._weights: dict[Upkeep, dict[str, Tensor]] = {kept: self._copy() for kept in dict.fromkeys(upkeep.values())}
-        self.changed = dict.fromkeys(upkeep, 0)
-        """By anchor, the optimizer step after which it last changed; 0 is the start."""
+        self._changed = {kept: torch.zeros((), dtype=torch.int64) for kept in self._weights}
 
     @property
     def names(self) -> frozenset[str]:
@@ -60,9 +59,7 @@ class Anchors:
                     share = kept.rate if isinstance(kept, EMA) else 1.0
                     # lerp is exact at both ends: a share of 1 copies.
                     weights[name].lerp_(parameter.detach(), share)
-            for name, one in self._upkeep.items():
-                if one == kept:
-                    self.changed[name] = step
+            self._changed[kept].fill_(step)
             if isinstance(kept, Reset):
                 self._optimizer.state.clear()
 
@@ -77,29 +74,13 @@ class Anchors:
         finally:
             self._put(policy)
 
-    def state_dict(self) -> State:
-        """What a checkpoint keeps: by anchor its weights and when they last changed."""
-        return {
-            name: {"step": self.changed[name], "upkeep": kept.describe(), "weights": self._weights[kept]}
-            for name, kept in self._upkeep.items()
-        }
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps and restores in place: by anchor its weights, and when they last changed."""
+        return {name: {**self._weights[kept], STEP: self._changed[kept]} for name, kept in self._upkeep.items()}
 
-    def load_state_dict(self, state: State) -> None:
-        """
-        Raises:
-            RunError: the checkpoint has other anchors, or kept them otherwise.
-        """
-        for name, kept in self._upkeep.items():
-            found = state.get(name, {}).get("upkeep", "none")
-            if found != kept.describe():
-                raise RunError(
-                    f"the checkpoint must hold the anchor {name} ({kept.describe()}), got {found}; go on with the "
-                    "objective that the run began with"
-                )
-            with torch.no_grad():
-                for parameter, tensor in self._weights[kept].items():
-                    tensor.copy_(state[name]["weights"][parameter])
-            self.changed[name] = state[name]["step"]
+    def changed(self, name: str) -> int:
+        """The optimizer step after which an anchor last changed; 0 is the start."""
+        return int(self._changed[self._upkeep[name]])
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}

@@ -2,7 +2,7 @@
 
 from actors.grading import Grading
 from distrl.config import Config
-from distrl.graders.build import Graders, build_graders, describe
+from distrl.graders.build import Graders, build_graders, describe, resources
 from distrl.graders.registry import importable_from
 from distrl.preferences import Judge, make_judge
 
@@ -28,7 +28,7 @@ class GradingActor(Grading):
         concurrency = config.grading.concurrency
         super().__init__(
             describe(graders),
-            build_graders(graders, concurrency),
+            build_graders(graders, concurrency, resources(config)),
             concurrency,
             judge=run_judge(config),
             opponents=opponents,
