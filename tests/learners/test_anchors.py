@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distrl.errors import ConfigError
 from distrl.objectives import build
-from distrl.objectives.upkeep import EMA, Frozen, Mixture, Reset, Snapshot, Upkeep
+from distrl.objectives.upkeep import EMA, Frozen, Mixture, Reset, Upkeep
 from learners.anchors import Anchors
 from learners.checkpoint import CheckpointWriter, TrainState, load_checkpoint
 from learners.world import World
@@ -106,5 +106,7 @@ def test_a_checkpoint_restores_anchors_and_when_they_changed(tmp_path: Path) -> 
 
     other, fresh, restored = make()
     load_checkpoint(tmp_path / "step-1", other, fresh, World(), restored.tensors())
-    assert weight(other, restored, "opponent") == weight(other, restored, "anchor") == kept != float(other.weight.detach())
+    assert (
+        weight(other, restored, "opponent") == weight(other, restored, "anchor") == kept != float(other.weight.detach())
+    )
     assert restored.changed("opponent") == 1
