@@ -200,7 +200,7 @@ def draw(results: Sequence[Result]) -> None:
         panels[0].set_ylim(bottom=0)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(OBJECTIVES), frameon=False)
         figure.tight_layout(rect=(0, 0.09, 1, 1))
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
 
 
