@@ -49,7 +49,7 @@ def test_a_rate_of_1_is_the_policy_and_0_its_start(rate: float, kept: float) -> 
 
 
 def test_the_half_steps_of_mirror_prox_renew_the_opponent_twice_as_often_as_the_anchor() -> None:
-    """Steps 1, 2: opponent and anchor are the start; 3, 4: the opponent is the policy after 2; then both are renewed."""
+    """Steps 1, 2: both are the start; 3, 4: the opponent is the policy after 2; then both are renewed."""
     upkeep = build("nash_mp", target="snapshot", snapshot_every=2).upkeep
     seen = []
     for steps in range(6):
