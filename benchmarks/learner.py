@@ -7,7 +7,8 @@ logits and by `distrl.vocabulary`; each measurement in a process of its own, who
 when inputs and weight are there. The two alternate.
 
 *layout*: forward and backward pass over sequences with GSM8K's lengths: 64 at a time as they come and padded to the
-longest, against the same sequences bucketed and packed under the budget of tokens that the padded ones need.
+longest, against the same sequences bucketed under half, and packed under an eighth, of the tokens that the largest of
+the padded passes holds.
 
 *step*: a whole optimizer step of TOPR, against a bare forward and backward pass of the model on the same micro-batches
 with its own cross-entropy.
@@ -41,7 +42,7 @@ from learners.optimizer import OptimizerSettings
 from learners.trainer import LoopSettings, Trainer
 
 VOCABULARY = 151_936
-ROWS = 256
+ROWS = 512
 PADDED_ROWS = 64
 CHARACTERS_PER_TOKEN = 4
 """GSM8K's texts become lengths by this: no tokenizer of a real vocabulary is at hand."""
@@ -148,7 +149,7 @@ def measure_layout(batch: TrainingBatch, repetitions: int) -> tuple[dict[str, fl
     model = make_model()
     ways: dict[str, tuple[PolicyModel, list[Tensor]]] = {
         "padded": (PolicyModel(model), padded),
-        "bucketed": (PolicyModel(model), split(lengths, group, Budget(budget), 1)[0]),
+        "bucketed": (PolicyModel(model), split(lengths, group, Budget(budget // 2), 1)[0]),
         "packed": (PolicyModel(model, layout="packed"), split(lengths, group, Budget(budget // 8, packed=True), 1)[0]),
     }
     seconds = {}
@@ -164,7 +165,7 @@ def measure_layout(batch: TrainingBatch, repetitions: int) -> tuple[dict[str, fl
         line = {"part": "layout", "way": way, "passes": len(parts), "cpu_s": seconds[way], "clock_s": clock}
         print(json.dumps({**line, "tokens_per_cpu_s": rate}), flush=True)
     ratios = {f"layout_{way}_of_padded": seconds["padded"] / seconds[way] for way in ("bucketed", "packed")}
-    return ratios, budget
+    return ratios, budget // 2
 
 
 def measure_step(batch: TrainingBatch, budget: int, repetitions: int) -> dict[str, float]:
@@ -218,7 +219,7 @@ class _Tokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", nargs="+", type=int, default=[256, 512, 1024])
+    parser.add_argument("--hidden", nargs="*", type=int, default=[256, 512, 1024])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl; without it, lengths of the same distribution")
