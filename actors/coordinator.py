@@ -285,7 +285,8 @@ class Coordinator:
             )
 
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
-        self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
+        where = f"ticket {flight.ticket.ticket_id} in {flight.stage}"
+        self._recorder.event("failed_call", f"{where}: {error}", stage=flight.stage)
         if flight.ticket.role == Role.POLICY:
             self._ledger.count_attempt(flight.ticket.ticket_id)
 
@@ -381,9 +382,9 @@ class Coordinator:
             try:
                 await asyncio.to_thread(shutil.rmtree, old.path)
             except OSError as error:
-                self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}")
+                self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}", stage="checkpoint")
             else:
-                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}")
+                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}", removed=True)
 
     async def _follow(self, member: Member) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound."""
@@ -400,7 +401,9 @@ class Coordinator:
                 )
             except DistrlError as error:
                 failures += 1
-                self._recorder.event("failed_call", f"{member.name} pulling version {target.version}: {error}")
+                self._recorder.event(
+                    "failed_call", f"{member.name} pulling version {target.version}: {error}", stage="weights"
+                )
                 if failures >= self._settings.call_attempts:
                     raise DeadlineError(
                         f"{member.name} must load policy version {target.version} in at most "
@@ -449,6 +452,9 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._held.read(),
             "busy": {pool.stage: pool.busy for pool in pools},
+            "members": [member.report(pool.stage) for pool in pools for member in pool.members],
+            "truncated": self._pipeline.truncated,
+            "generated_tokens": self._pipeline.generated_tokens,
         }
 
     async def _notify(self) -> None:

@@ -73,6 +73,7 @@ class Generation:
             ticket_id=ticket.ticket_id,
             rollouts=len(samples),
             response_tokens=sum(len(s.token_ids) for s in samples),
+            truncated=sum(s.finish_reason == "length" for s in samples),
             oldest_version=min(s.versions[0] for s in samples),
             newest_version=max(s.versions[-1] for s in samples),
             bytes=batch.nbytes,

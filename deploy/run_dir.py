@@ -31,6 +31,20 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def metrics_history(self) -> Path:
+        """Parquet files that are read as one table."""
+        return self.path / "metrics.parquet"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def prometheus_targets(self) -> Path:
+        """Where the run's metrics are served, while it runs."""
+        return self.path / "prometheus.json"
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal"
 

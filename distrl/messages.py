@@ -17,6 +17,8 @@ class GenerationReceipt:
     ticket_id: int
     rollouts: int
     response_tokens: int
+    truncated: int
+    """Rollouts cut at `max_new_tokens`."""
     oldest_version: int
     newest_version: int
     bytes: int
