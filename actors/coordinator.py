@@ -17,10 +17,11 @@ from actors.flights import Flights
 from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Member
 from actors.recorder import Recorder
+from actors.updates import UpdateLimits, Updates
 from actors.waits import Stopwatch, WaitReport, blame
-from distrl.errors import DeadlineError, DistrlError, LedgerError, RunError
-from distrl.ledger import Ledger
-from distrl.messages import BatchGrant, LoadReceipt, StepReport, TicketGrant
+from distrl.errors import DistrlError, LedgerError, RunError
+from distrl.ledger import Draw, Ledger
+from distrl.messages import BatchGrant, PublishAgain, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
 from distrl.staleness import Admission, Version, staleness
@@ -37,8 +38,7 @@ class CoordinatorSettings:
     group_size: int
     admission: Admission
     on_stale: str
-    call_attempts: int
-    sync_timeout_s: float
+    updates: UpdateLimits
     ready_bytes: int
     drops_in_a_row: int
     evaluate_every_steps: int
@@ -80,17 +80,17 @@ class Coordinator:
         self._recorder = recorder
         self._clock = clock
         self._evaluator = Evaluator(pipeline, settings.seed, clock)
-        self._reissue: deque[tuple[int, str]] = deque()  # tickets of an earlier process that must be sampled again
+        self._reissue: deque[Draw] = deque()  # tickets of an earlier process that must be sampled again
         self._versions = ledger.versions()
         resumed = ledger.last_checkpoint()
         if resumed is None:
             first = Version(ledger.allocate_version(None, 0), None, 0)
             self._versions[first.version] = first
-            self._published = first
+            start = first
         else:
-            self._published = self._versions[resumed.version]
+            start = self._versions[resumed.version]
         self._resumed = resumed is not None
-        self._step = self._published.step  # steps granted so far
+        self._step = start.step  # steps granted so far
         self._flights = Flights(settings.admission, settings.on_stale, settings.ready_bytes, self._step)
         self._stopping = False
         self._issuing = False
@@ -98,10 +98,12 @@ class Coordinator:
         self._fatal: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Condition()
+        self._updates = Updates(
+            self._versions, start, pipeline.generation, settings.updates, recorder, self._changed, self.fail
+        )
         self._held = Stopwatch(clock)
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
-        self._may_load = asyncio.Event()
         self._recovered = asyncio.Event()
         self.done = asyncio.Event()
         pipeline.generation.on_change(self._issue)
@@ -112,7 +114,7 @@ class Coordinator:
     async def start(self) -> None:
         """Begins to issue tickets, beside the first evaluation."""
         for member in self._pipeline.generation.members:
-            self._spawn(self._follow(member))
+            self._spawn(self._updates.follow(member))
         self._spawn(self._go_on() if self._resumed else self._begin())
 
     async def _go_on(self) -> None:
@@ -123,12 +125,12 @@ class Coordinator:
         recovery = self._ledger.recover(self._step)
         for kept in recovery.ready:
             oldest_step = self._versions[kept.oldest_version].step
-            flight = self._flight(kept.ticket_id, kept.prompt_id, oldest_step)
+            flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), oldest_step)
             flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
-            flight.enter("ready", self._clock())
             self._flights.add(flight)
+            self._flights.ready(flight, self._clock())
         self._reissue.extend(recovery.issued)
         self._recorder.event(
             "resumed",
@@ -143,7 +145,7 @@ class Coordinator:
         self._issuing = True
         self._issue()
         await self._evaluate("before", self._prompts.heldout)
-        self._may_load.set()
+        self._updates.may_load.set()
 
     async def _finish(self) -> None:
         self._issuing = False
@@ -208,19 +210,20 @@ class Coordinator:
             member = self._pipeline.generation.take(settings.group_size, _at_least(oldest_step))
             if member is None:
                 break
-            self._launch(member, *(self._reissue.popleft() if self._reissue else self._draw()))
+            self._launch(member, self._reissue.popleft() if self._reissue else self._draw())
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self._held.set(held and self._pipeline.generation.busy == 0)
 
-    def _draw(self) -> tuple[int, str]:
+    def _draw(self) -> Draw:
         return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
-    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
-        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+    def _launch(self, member: Member, draw: Draw) -> None:
+        flight = self._flight(draw, oldest_step=member.step)
         self._flights.add(flight)
         self._spawn(self._carry(flight, member))
 
-    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+    def _flight(self, draw: Draw, oldest_step: int) -> Flight:
+        ticket_id, prompt_id, redraw = draw
         problem = self._prompts.draw(ticket_id)
         if problem.prompt_id != prompt_id:
             raise RunError(
@@ -229,12 +232,12 @@ class Coordinator:
             )
         ticket = Ticket(
             ticket_id=ticket_id,
-            redraw=0,
+            redraw=redraw,
             prompt_id=prompt_id,
             prompt=problem.prompt,
             role=Role.POLICY,
             group_size=self._settings.group_size,
-            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
             messages=problem.messages,
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
@@ -248,10 +251,10 @@ class Coordinator:
             flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
             flight.oldest_step = self._versions[receipt.oldest_version].step
             flight.response_tokens = receipt.response_tokens
+            self._flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
                 ticket_id,
-                oldest_version=receipt.oldest_version,
-                newest_version=receipt.newest_version,
+                versions=receipt.versions,
                 rollouts=receipt.rollouts,
                 response_tokens=receipt.response_tokens,
             )
@@ -263,7 +266,7 @@ class Coordinator:
             self._count_drop(error)
         else:
             self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
-            flight.enter("ready", self._clock())
+            self._flights.ready(flight, self._clock())
             self._drops_in_a_row = 0
         self._issue()
         await self._notify()
@@ -286,16 +289,17 @@ class Coordinator:
 
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
         where = f"ticket {flight.ticket.ticket_id} in {flight.stage}"
-        self._recorder.event("failed_call", f"{where}: {error}", stage=flight.stage)
+        self._recorder.failed_call(flight.stage, f"{where}: {error}")
         if flight.ticket.role == Role.POLICY:
-            self._ledger.count_attempt(flight.ticket.ticket_id)
+            self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 
     # Batches ----------------------------------------------------------------------------------------------------
 
-    async def next_batch(self, step: int) -> BatchGrant | None:
+    async def next_batch(self, step: int) -> BatchGrant | PublishAgain | None:
         """The batch of optimizer step number `step` (the first is 1), as soon as the contract allows it.
 
-        None when the run was asked to stop: the learner makes a checkpoint and ends.
+        Or the request to publish the newest weights again, where the policy store has lost them; None when the run
+        was asked to stop: the learner makes a checkpoint and ends.
 
         Raises:
             RunError: the run failed, or steps are asked for out of order.
@@ -306,13 +310,19 @@ class Coordinator:
         async with self._changed:
             while not (batch := self._flights.choose(self._step)) and not self._stopping:
                 self.check()
+                if self._updates.refill_wanted:
+                    break
                 await self._changed.wait()
         self.check()
         self._learner_waits_since = None
+        if (again := self._updates.take_refill()) is not None:
+            return again
         if self._stopping:
             return None
         last = max(batch, key=lambda f: f.stage_since_s)
-        self._waits.add(blame((began, self._clock()), last.timeline))
+        now = self._clock()
+        self._waits.add(blame((began, now), last.timeline))
+        self._ledger.record_wait(last.ticket.ticket_id, step, now - began)
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._issue()
@@ -332,16 +342,20 @@ class Coordinator:
         self._flights.grant(flight)
         return TicketGrant(ticket_id, flight.generation, flight.grading, flight.reference, age)
 
+    @property
+    def _published(self) -> Version:
+        return self._updates.published
+
     # Policy versions --------------------------------------------------------------------------------------------
 
     async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int]) -> int:
         """The learner has done a step. Returns the version number for the weights it made."""
         self.check()
-        self._ledger.mark_trained(report.step, staleness_by_ticket)
+        version = self._ledger.mark_trained(report.step, staleness_by_ticket, self._published.version)
         trained = self._flights.trained(report.step, staleness_by_ticket)
         rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
-        return self._ledger.allocate_version(self._published.version, report.step)
+        return self._updates.expect(version)
 
     async def restored(self, step: int) -> int:
         """The learner holds the last checkpoint's weights; the version number to publish them under again."""
@@ -352,18 +366,21 @@ class Coordinator:
                 await self._changed.wait()
         if step != self._step:
             raise RunError(f"the learner must go on from step {self._step}, the ledger's last checkpoint, got {step}")
-        return self._ledger.allocate_version(self._published.version, step)
+        return self._updates.expect(self._ledger.allocate_version(self._published.version, step))
 
     async def published(self, version: int, step: int, manifest_sha256: str) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them."""
+        made = Version(version, self._published.version, step)
+        if not self._updates.arrived(made):
+            await self._notify()
+            return
         self._ledger.mark_published(version, manifest_sha256)
-        self._published = Version(version, self._published.version, step)
-        self._versions[version] = self._published
+        self._versions[version] = made
         self._flights.release()
         every = self._settings.evaluate_every_steps
         if self._resumed:
             self._resumed, self._issuing = False, not self._stopping
-            self._may_load.set()
+            self._updates.may_load.set()
         if step == self._settings.steps:
             self._spawn(self._finish())
         elif every and step % every == 0:
@@ -382,39 +399,9 @@ class Coordinator:
             try:
                 await asyncio.to_thread(shutil.rmtree, old.path)
             except OSError as error:
-                self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}", stage="checkpoint")
+                self._recorder.failed_call("checkpoint", f"removing the checkpoint {old.path}: {error}")
             else:
                 self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}", removed=True)
-
-    async def _follow(self, member: Member) -> None:
-        """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound."""
-        failures = 0
-        await self._may_load.wait()
-        while True:
-            async with self._changed:
-                while member.version == self._published.version:
-                    await self._changed.wait()
-            target = self._published
-            try:
-                receipt: LoadReceipt = await member.caller.ask(
-                    "pull", target.version, timeout_s=self._settings.sync_timeout_s
-                )
-            except DistrlError as error:
-                failures += 1
-                self._recorder.event(
-                    "failed_call", f"{member.name} pulling version {target.version}: {error}", stage="weights"
-                )
-                if failures >= self._settings.call_attempts:
-                    raise DeadlineError(
-                        f"{member.name} must load policy version {target.version} in at most "
-                        f"{self._settings.call_attempts} attempts; the last error was: {error}"
-                    ) from error
-                continue
-            failures = 0
-            member.version = receipt.version
-            member.step = self._versions[receipt.version].step
-            self._recorder.load(member.name, receipt)
-            await self._pipeline.generation.changed()
 
     # Evaluation -------------------------------------------------------------------------------------------------
 

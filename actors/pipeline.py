@@ -108,7 +108,6 @@ class Pipeline:
 
         receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)
         self._span(flight, "generation", flight.stage_since_s)
-        flight.bytes += receipt.bytes
         self.truncated += receipt.truncated
         self.generated_tokens += receipt.response_tokens
         return receipt

@@ -48,6 +48,8 @@ class Pool:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.members: list[Member] = []
+        self.busy = 0
+        """Places taken at all members together."""
         self._changed = asyncio.Condition()
         self._listeners: list[Callable[[], None]] = []
 
@@ -60,10 +62,6 @@ class Pool:
         """Call `listener` whenever a place becomes free or a member's version changes."""
         self._listeners.append(listener)
 
-    @property
-    def busy(self) -> int:
-        return sum(m.busy for m in self.members)
-
     def take(self, places: int = 1, fits: Callable[[Member], bool] = anybody) -> Member | None:
         """Takes places at the least busy member that fits and has them free, or None."""
         free = [m for m in self.members if m.busy + places <= m.capacity and fits(m)]
@@ -71,6 +69,7 @@ class Pool:
             return None
         member = min(free, key=lambda m: m.busy / m.capacity)
         member.busy += places
+        self.busy += places
         return member
 
     async def wait_take(self, places: int = 1, fits: Callable[[Member], bool] = anybody) -> Member:
@@ -82,6 +81,7 @@ class Pool:
 
     async def give_back(self, member: Member, places: int = 1) -> None:
         member.busy -= places
+        self.busy -= places
         await self.changed()
 
     async def changed(self) -> None:

@@ -4,19 +4,23 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.calls import unwrap
+from deploy.publisher import Publisher
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.errors import DeadlineError, RunError
-from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
+from distrl.messages import BatchGrant, Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
 from learners.loop import LoopSettings, Stages, Trainer, World, train
 from learners.optimizer import OptimizerSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESOURCE = "distrl_learner"
 """A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""
@@ -33,13 +37,14 @@ class RayLink:
 
     def __init__(self, coordinator: Any, store: Any, timeout_s: float) -> None:
         self._coordinator = coordinator
-        self._store = store
+        self._publisher = Publisher(store, timeout_s)
         self._timeout_s = timeout_s
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
-        grant: BatchGrant | None = self._get(self._coordinator.next_batch.remote(step), "next_batch", None)
-        if grant is None:
-            return None
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
+        asked = self._coordinator.next_batch.remote(step)
+        grant: BatchGrant | PublishAgain | None = self._get(asked, "next_batch", None)
+        if grant is None or isinstance(grant, PublishAgain):
+            return grant
         tickets = []
         for ticket in grant.tickets:
             refs = [ticket.generation, ticket.grading, ticket.reference]
@@ -54,12 +59,10 @@ class RayLink:
     def restored(self, state: TrainState) -> int:
         return int(self._get(self._coordinator.restored.remote(state.step), "restored"))
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        sent = [self._store.add_chunk.remote(manifest.version, i, chunk) for i, chunk in enumerate(chunks)]
-        self._get(sent, "add_chunk")
-        self._get(self._store.publish.remote(manifest), "publish")
+    def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
+        self._publisher.publish(manifest, tensors, whole=again)
         told = self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256)
-        self._get(told, "published")
+        self._get(told, f"published, of policy version {manifest.version},")
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
         call = self._coordinator.commit_checkpoint.remote(str(path), state.step, state.version, sha256)

@@ -14,13 +14,13 @@ from deploy.metrics.endpoint import check_port
 from deploy.metrics.run import RunMetrics
 from deploy.progress import Progress, Silent
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
-from deploy.run_state import RunState, claim, read_state, write_state
+from deploy.run_state import RunState, claim, read_state, release
 from deploy.stall import StallWatch
 from deploy.start import Handles, log_directory, start_actors, start_ray, wait_for_actors
 from deploy.summary import summarize
 from distrl.config import Config, load_config
 from distrl.errors import RefusedError, RunError
-from distrl.ledger import Ledger
+from distrl.ledger_reader import LedgerReader
 from learners.group import GroupStatus
 
 POLL_S = 0.2
@@ -55,11 +55,10 @@ def resumable(path: Path) -> tuple[Config, RunDir, Path]:
         raise RefusedError(
             f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
         )
-    ledger = Ledger(run_dir.ledger)
-    try:
-        checkpoint = ledger.last_checkpoint()
-    finally:
-        ledger.close()
+    checkpoint = None
+    if run_dir.ledger.exists():
+        with LedgerReader(run_dir.ledger) as ledger:
+            checkpoint = ledger.last_checkpoint()
     if checkpoint is None:
         raise RefusedError(
             f"{path}: the run must have a checkpoint to be resumed, it ended before the first; start anew"
@@ -79,7 +78,7 @@ def resume_training(path: Path, progress: Progress | None = None) -> dict[str, A
 
 def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None, progress: Progress) -> dict[str, Any]:
     began = time.time()
-    claim(run_dir)
+    lock = claim(run_dir)
     outcome = RunState.FAILED
     try:
         with progress, RunMetrics(config, run_dir) as metrics:
@@ -98,7 +97,7 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None
             write_json(run_dir.summary, summary)
             progress.finish(summary, run_dir.path)
     finally:
-        write_state(run_dir, outcome)
+        release(run_dir, lock, outcome)
     return summary
 
 

@@ -59,12 +59,13 @@ def log_directory() -> str:
 def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
     """Creates all actors of a run at once; their constructors run in their own processes."""
 
-    def create(actor: type, count: int, *arguments: Any) -> list[Any]:
-        made: Any = ray.remote(actor).options(num_cpus=0, max_restarts=0, max_task_retries=0)
+    def create(actor: type, count: int, *arguments: Any, max_restarts: int = 0) -> list[Any]:
+        made: Any = ray.remote(actor).options(num_cpus=0, max_restarts=max_restarts, max_task_retries=0)
         return [made.remote(*arguments) for _ in range(count)]
 
     handles = Handles()
-    (handles.store,) = create(PolicyStoreActor, 1)
+    # A restarted store is empty, and filled again by the learner: see actors.updates.
+    (handles.store,) = create(PolicyStoreActor, 1, max_restarts=-1)
     handles.stages["generation"] = [
         create(GenerationActor, 1, config, f"generation-{i}", handles.store)[0] for i in range(config.generation.actors)
     ]

@@ -180,7 +180,7 @@ class LimitsConfig(_Section):
     sync_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one attempt of a generation actor to load a published version may take."""
     publish_timeout_s: float = Field(120.0, gt=0)
-    """Seconds that one call of the learner to the coordinator or the policy store may take."""
+    """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
     """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
     stall_warning_s: float = Field(60.0, gt=0)

@@ -91,6 +91,7 @@ class Exporter:
     def _take_load(self, record: Record) -> None:
         self._families.pause.observe(record["pause_s"])
         self._families.fetch.observe(record["fetch_s"])
+        self._families.weight_bytes.inc(record["moved_bytes"])
 
     def _take_evaluation(self, record: Record) -> None:
         self._families.accuracy.labels(record["name"]).set(record["accuracy"])

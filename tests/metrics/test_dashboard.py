@@ -38,7 +38,7 @@ def test_every_metric_that_is_asked_for_is_exported(source: str) -> None:
     registry, recorder = CollectorRegistry(), Recorder(None, lambda: 1.0)
     record(recorder, 1, ratio_p01=0.5, ratio_p50=1.0, ratio_p99=2.0)
     recorder.event("checkpoint", "step 1")
-    recorder.event("failed_call", "it broke", stage="grading")
+    recorder.failed_call("grading", "it broke")
     recorder.evaluation({"name": "before", "accuracy": 0.5})
     Exporter(registry, steps=3).update(snapshot(1, records=recorder.after(-1)))
     exported = {sample.name for family in registry.collect() for sample in family.samples}

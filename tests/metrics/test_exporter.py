@@ -56,6 +56,7 @@ def test_the_numbers_of_a_snapshot_are_those_of_the_run() -> None:
         "distrl_staleness_steps_count{}": 6,
         "distrl_staleness_steps_sum{}": 3,
         "distrl_weight_update_pause_seconds_count{}": 3,
+        "distrl_weight_update_bytes_total{}": 1500,
         "distrl_kl_reference_nats{}": 0.02,
         "distrl_effective_sample_size_ratio{}": 0.75,
         "distrl_objective{metric=at_bound_policy}": 0.125,
@@ -80,7 +81,7 @@ def test_counters_go_on_when_the_coordinator_begins_anew() -> None:
 
 def test_a_failed_call_is_counted_under_its_stage() -> None:
     recorder = Recorder(None, lambda: 500.0)
-    recorder.event("failed_call", "ticket 7 in grading: it broke", stage="grading")
+    recorder.failed_call("grading", "ticket 7 in grading: it broke")
     recorder.event("checkpoint", "step 4")
     recorder.event("checkpoint", "step 2 removed", removed=True)
     found = exported(snapshot(records=recorder.after(-1)))
@@ -97,7 +98,7 @@ def test_a_day_of_training_leaves_memory_and_the_number_of_series_as_they_are() 
         recorder = Recorder(None, lambda: 500.0)
         for step in steps:
             record(recorder, step)
-            recorder.event("failed_call", f"ticket {step} of prompt-{step} in grading: it broke", stage="grading")
+            recorder.failed_call("grading", f"ticket {step} of prompt-{step} in grading: it broke")
             exporter.update(snapshot(step, records=recorder.after(-1), drops={"grading_failed": step}))
             recorder = Recorder(None, lambda: 500.0)
         return len(readings(registry))
