@@ -10,7 +10,7 @@ from actors.calls import Caller
 from actors.coalescer import Coalescer
 from actors.flight import Flight
 from actors.pool import Member, Pool
-from distrl.errors import DistrlError, RunError
+from distrl.errors import DistrlError, RunError, StageError
 from distrl.messages import GenerationReceipt, JournalReceipt
 from distrl.tickets import DropReason
 
@@ -187,13 +187,13 @@ class Pipeline:
             delay_s *= 2
         raise AssertionError("limits.call_attempts is at least 1")
 
-    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades], Any]:
+    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
         receipt, batch = await member.caller.batch(
             "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
         )
-        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, strict=True)
-        return [Grades(*row) for row in rows], batch
+        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
+        return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
         _, batch = await member.caller.batch(

@@ -149,8 +149,8 @@ def _watch(
                 raise RunError(f"the coordinator does not answer: {type(error).__name__}") from error
             if snapshot["records"]:
                 seen = snapshot["records"][-1]["number"]
-            progress.update(snapshot)
             metrics.update(snapshot)
+            progress.update(snapshot)
             if warning := stall.look(snapshot, time.monotonic()):
                 progress.line(warning)
             if snapshot["failed"]:

@@ -69,7 +69,7 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
     handles.stages["generation"] = [
         create(GenerationActor, 1, config, f"generation-{i}", handles.store)[0] for i in range(config.generation.actors)
     ]
-    handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.grader, os.getcwd())
+    handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.graders, os.getcwd())
     handles.stages["reference"] = (
         create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
     )

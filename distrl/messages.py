@@ -42,6 +42,8 @@ class GradingReceipt:
     reward_sums: tuple[float, ...]
     correct: tuple[int, ...]
     rollouts: tuple[int, ...]
+    failures: tuple[str | None, ...]
+    """Why a ticket could not be graded; its rollouts are not in the batch, and its numbers are 0."""
     bytes: int
     started_s: float
     finished_s: float

@@ -48,12 +48,12 @@ class Prometheus:
             probe.bind(("127.0.0.1", 0))
             self._address = f"127.0.0.1:{probe.getsockname()[1]}"
         settings = {
-            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+            "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
             "rule_files": [str(ALERTS)],
             "scrape_configs": [
                 {
                     "job_name": "distrl",
-                    "file_sd_configs": [{"files": [f"{runs}/*/prometheus.json"], "refresh_interval": "200ms"}],
+                    "file_sd_configs": [{"files": [f"{runs}/*/prometheus.json"], "refresh_interval": "500ms"}],
                 }
             ],
         }

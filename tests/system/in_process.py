@@ -21,6 +21,7 @@ from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.reference import Reference
 from actors.updates import UpdateLimits
+from distrl.graders.limited import LimitedGrader
 from distrl.ledger import Ledger
 from distrl.manifest import cut, describe, lay_out
 from distrl.messages import BatchGrant, Content, Layout, Manifest, StepReport
@@ -29,6 +30,7 @@ from distrl.sampling import SampleRequest, SamplingParams
 from distrl.staleness import Admission
 from distrl.tasks import Message, Problem
 from distrl.tickets import Ticket
+from tests.builders import threaded
 
 GROUP_SIZE = 2
 PARAMS = SamplingParams(max_new_tokens=4)
@@ -120,7 +122,7 @@ def build(
     slots: int = 8,
     gate: Callable[[SampleRequest], Awaitable[None]] | None = None,
     fail: Callable[[SampleRequest], BaseException | None] | None = None,
-    grader: Grader = half_right,
+    grader: Grader | LimitedGrader = half_right,
     reference: bool = False,
     attempts: int = 2,
     drops_in_a_row: int = 8,
@@ -142,7 +144,7 @@ def build(
     for i, engine in enumerate(engines):
         worker = Generation(f"generation-{i}", engine, Digits(), PARAMS, fetch)
         generation.add(LocalCaller(f"generation-{i}", worker), slots)
-    grading.add(LocalCaller("grading-0", Grading("test", grader, concurrency=8)), 8)
+    grading.add(LocalCaller("grading-0", Grading("test", _limited(grader), concurrency=8)), 8)
     scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
     limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, grading_tickets_per_call, 2)
     journal = LocalCaller("journal", Journal(directory / "journal"))
@@ -165,6 +167,10 @@ def build(
     coordinator = Coordinator(settings, ledger, prompts, pipeline, Recorder(None, _clock()), _clock())
     system = InProcessRun(coordinator, ledger, store, engines, pipeline)
     return system
+
+
+def _limited(grader: Grader | LimitedGrader) -> LimitedGrader:
+    return grader if isinstance(grader, LimitedGrader) else threaded("test", grader)
 
 
 def _zero_logps(batch: pa.RecordBatch) -> list[Any]:
