@@ -12,6 +12,7 @@ from deploy.commands.audit import audit
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
+from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
@@ -129,6 +130,8 @@ app.command()(export)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)
+app.command()(ui)
+app.command()(rollouts)
 
 
 def main() -> None:

@@ -41,8 +41,16 @@ class RunDir:
 
     @property
     def prometheus_targets(self) -> Path:
-        """Where the run's metrics are served, while it runs."""
-        return self.path / "prometheus.json"
+        """Where the run's metrics are served, while it runs.
+
+        In one folder for all runs: Prometheus takes a `*` in the file's name only, not in its folders.
+        """
+        return self.path.parent / ".prometheus" / f"{self.path.name}.json"
+
+    @property
+    def live(self) -> Path:
+        """What the driver last saw, while it runs; see `deploy.live`."""
+        return self.path / "live.json"
 
     @property
     def journal(self) -> Path:

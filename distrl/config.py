@@ -170,7 +170,7 @@ class MetricsConfig(_Section):
     host: str = "127.0.0.1"
     """Address at which the driver serves Prometheus metrics, without a password; 0.0.0.0 lets everybody read them."""
     port: int = Field(0, ge=0, le=65535)
-    """Port of it; 0 takes a free one, which `prometheus.json` in the run's directory names."""
+    """Port of it; 0 takes a free one, which `.prometheus/NAME.json` in `run.dir` names."""
     wandb_project: str | None = None
     """Project at Weights & Biases; empty sends nothing there. Needs the extra `wandb`."""
 

@@ -46,6 +46,7 @@ class Endpoint:
         self.address = f"{host}:{self._server.server_port}"
         self._targets = targets
         entry: list[dict[str, Any]] = [{"targets": [self.address], "labels": {"run": run}}]
+        targets.parent.mkdir(exist_ok=True)
         targets.write_text(json.dumps(entry) + "\n")
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
+from deploy.live import LiveState
 from deploy.metrics.boards import Board, TensorBoard, WeightsAndBiases
 from deploy.metrics.endpoint import Endpoint
 from deploy.metrics.exporter import Exporter
@@ -28,6 +29,7 @@ class RunMetrics:
         self._registry = CollectorRegistry()
         self._exporter = Exporter(self._registry, config.train.steps)
         self._endpoint = Endpoint(config.metrics, self._registry, run_dir.prometheus_targets, config.run.name)
+        self._live = LiveState(run_dir)
         self._history = History(run_dir.metrics_history)
         self._boards: list[Board] = [TensorBoard(run_dir.tensorboard)]
         if config.metrics.wandb_project is not None:
@@ -44,12 +46,14 @@ class RunMetrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._endpoint.close()
+        self._live.close()
         self._history.flush()
         for board in self._boards:
             board.close()
 
     def update(self, snapshot: Mapping[str, Any]) -> None:
         self._exporter.update(snapshot)
+        self._live.update(snapshot)
         steps = [r for r in snapshot["records"] if r["kind"] == "step"]
         if steps:
             values, time_s, step = readings(self._registry), steps[-1]["time_s"], steps[-1]["step"]

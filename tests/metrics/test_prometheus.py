@@ -53,7 +53,7 @@ class Prometheus:
             "scrape_configs": [
                 {
                     "job_name": "distrl",
-                    "file_sd_configs": [{"files": [f"{runs}/*/prometheus.json"], "refresh_interval": "500ms"}],
+                    "file_sd_configs": [{"files": [f"{runs}/.prometheus/*.json"], "refresh_interval": "500ms"}],
                 }
             ],
         }
@@ -84,6 +84,7 @@ class Prometheus:
     def wait_for(self, query: str) -> list[dict[str, Any]]:
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
+            assert self._process.poll() is None, "Prometheus has ended"
             try:
                 if found := self.ask(query):
                     return found
@@ -96,9 +97,8 @@ class Prometheus:
 class Pause(Silent):
     """Holds the driver before it goes on at a step, until Prometheus has seen what was exported up to there."""
 
-    def __init__(self, prometheus: Prometheus, metrics: Path) -> None:
+    def __init__(self, prometheus: Prometheus) -> None:
         self._prometheus = prometheus
-        self._metrics = metrics
         self.series: set[str] = set()
         self.text = b""
         self.labels: dict[str, str] = {}
@@ -131,7 +131,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Pause:
         "evaluation": {"problems": 8, "every_steps": 0},
     }
     prometheus = Prometheus(folder, runs)
-    pause = Pause(prometheus, runs / "watched")
+    pause = Pause(prometheus)
     start_ray()
     try:
         run_training(make_config(values), pause)
