@@ -26,7 +26,7 @@ from distrl.schema import Role
 from distrl.seeding import Purpose
 from distrl.staleness import Admission, Version, staleness
 from distrl.tasks.problem import Problem
-from distrl.tickets import DropReason, Ticket
+from distrl.tickets import POLICY_WEIGHTS, DropReason, Ticket, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class CoordinatorSettings:
     drops_in_a_row: int
     evaluate_every_steps: int
     keep_checkpoints: int
+    opponents: bool = False
+    """Whether something is sampled from weights that are published for opponents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,13 @@ class Coordinator:
         self._fatal: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Condition()
-        self._updates = Updates(
-            self._versions, start, pipeline.generation, settings.updates, recorder, self._changed, self.fail
+        self._updates = Updates(self._versions, start, settings.updates, recorder, self._changed, self.fail)
+        # No weights of opponents are there before the first publication: engines start from the policy's.
+        self._opponents = Updates(
+            {}, Version(0, None, 0), settings.updates, recorder, self._changed, self.fail, weights_of(Role.OPPONENT)
         )
+        self._may_load = asyncio.Event()
+        """Set once the weights may change that sample for training."""
         self._held = Stopwatch(clock)
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
@@ -113,8 +119,16 @@ class Coordinator:
 
     async def start(self) -> None:
         """Begins to issue tickets, beside the first evaluation."""
-        for member in self._pipeline.generation.members:
-            self._spawn(self._updates.follow(member))
+        pipeline = self._pipeline
+        for member in pipeline.generation.members:
+            self._spawn(self._updates.follow(pipeline.generation, member, self._may_load))
+        if (apart := pipeline.own_pools.get(Role.EVALUATION)) is not None:
+            for member in apart.members:
+                self._spawn(self._updates.follow(apart, member, self._evaluator.may_load))
+        if self._settings.opponents:
+            pool = pipeline.pool_of(Role.OPPONENT)
+            for member in pool.members:
+                self._spawn(self._opponents.follow(pool, member, self._may_load))
         self._spawn(self._go_on() if self._resumed else self._begin())
 
     async def _go_on(self) -> None:
@@ -141,11 +155,14 @@ class Coordinator:
         await self._notify()
 
     async def _begin(self) -> None:
-        # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end.
+        # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end by those that
+        # sample for it.
         self._issuing = True
         self._issue()
+        if self._evaluator.apart:
+            self._may_load.set()
         await self._evaluate("before", self._prompts.heldout)
-        self._updates.may_load.set()
+        self._may_load.set()
 
     async def _finish(self) -> None:
         self._issuing = False
@@ -368,8 +385,16 @@ class Coordinator:
             raise RunError(f"the learner must go on from step {self._step}, the ledger's last checkpoint, got {step}")
         return self._updates.expect(self._ledger.allocate_version(self._published.version, step))
 
-    async def published(self, version: int, step: int, manifest_sha256: str) -> None:
-        """The weights of `version` are in the policy store; generation actors are told to pull them."""
+    async def published(self, version: int, step: int, manifest_sha256: str, weights: str = POLICY_WEIGHTS) -> None:
+        """The weights of `version` are in the policy store; generation actors are told to pull them.
+
+        Args:
+            weights: whose; an opponent's version is that of the policy at which it was made.
+        """
+        if weights != POLICY_WEIGHTS:
+            self._opponents.arrived(Version(version, None, step))
+            await self._notify()
+            return
         made = Version(version, self._published.version, step)
         if not self._updates.arrived(made):
             await self._notify()
@@ -380,12 +405,14 @@ class Coordinator:
         every = self._settings.evaluate_every_steps
         if self._resumed:
             self._resumed, self._issuing = False, not self._stopping
-            self._updates.may_load.set()
+            self._may_load.set()
+            self._evaluator.may_load.set()
         if step == self._settings.steps:
             self._spawn(self._finish())
         elif every and step % every == 0:
             # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
-            self._issuing = self._issuing and self._settings.admission.max_staleness > 0
+            shared = not self._evaluator.apart
+            self._issuing = self._issuing and (not shared or self._settings.admission.max_staleness > 0)
             self._spawn(self._evaluate_during())
         await self._notify()
         self._issue()
@@ -411,8 +438,7 @@ class Coordinator:
         self._issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
-        step = self._published.step
-        result: Evaluation = await self._evaluator.run(name, problems, step, _at_least(step))
+        result: Evaluation = await self._evaluator.run(name, problems, self._published.step)
         self._ledger.record_evaluation(result.row())
         self._recorder.evaluation(result.row())
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from actors.flight import Flight
 from actors.pool import Member, Pool
 from distrl.errors import DistrlError, RunError, StageError
 from distrl.messages import GenerationReceipt, JournalReceipt
+from distrl.schema import Role
 from distrl.tickets import DropReason
 
 
@@ -51,7 +52,9 @@ class Pipeline:
     """Calls the stages and keeps the references; never touches the data.
 
     Args:
+        generation: samples what is trained, and what no pool of its own samples.
         clock: seconds since the epoch.
+        own_pools: generation actors that sample for one role only.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Pipeline:
         journal: Caller,
         limits: PipelineLimits,
         clock: Callable[[], float],
+        own_pools: Mapping[Role, Pool] | None = None,
     ) -> None:
         self.generation = generation
+        self.own_pools = own_pools or {}
         self.grading = grading
         self.reference = reference
         self._journal = journal
@@ -80,6 +85,10 @@ class Pipeline:
         if reference is not None:
             self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference)
 
+    def pool_of(self, role: str) -> Pool:
+        """The generation actors that sample for a role."""
+        return self.own_pools.get(Role(role), self.generation)
+
     async def sample(self, flight: Flight, member: Member | None, fits: Callable[[Member], bool]) -> GenerationReceipt:
         """Samples the ticket's responses.
 
@@ -90,11 +99,12 @@ class Pipeline:
             TicketFailedError: every attempt failed.
         """
         places = flight.ticket.group_size
+        pool = self.pool_of(flight.ticket.role)
         first = member
 
         async def attempt() -> GenerationReceipt:
             nonlocal first
-            here = first or await self.generation.wait_take(places, fits)
+            here = first or await pool.wait_take(places, fits)
             first = None
             flight.enter("generation", self._clock())
             try:
@@ -103,7 +113,7 @@ class Pipeline:
                     "generate", flight.ticket, timeout_s=self._limits.generation_timeout_s
                 )
             finally:
-                await self.generation.give_back(here, places)
+                await pool.give_back(here, places)
             return answer
 
         receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)

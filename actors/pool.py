@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from actors.calls import Caller
 
@@ -21,6 +21,8 @@ class Member:
     """Policy version that it samples from (generation only)."""
     step: int = 0
     """Optimizer step of that version."""
+    others: dict[str, int] = field(default_factory=dict)
+    """Versions of the other weights that it holds, by name (generation only)."""
 
     @property
     def name(self) -> str:
@@ -78,6 +80,12 @@ class Pool:
             while (member := self.take(places, fits)) is None:
                 await self._changed.wait()
             return member
+
+    async def wait_all(self, fits: Callable[[Member], bool]) -> None:
+        """Returns when every member fits."""
+        async with self._changed:
+            while not all(fits(m) for m in self.members):
+                await self._changed.wait()
 
     async def give_back(self, member: Member, places: int = 1) -> None:
         member.busy -= places

@@ -10,6 +10,7 @@ from actors.recorder import Recorder
 from distrl.errors import DamagedWeightsError, DeadlineError, DistrlError, LostWeightsError
 from distrl.messages import LoadReceipt, PublishAgain
 from distrl.staleness import Version
+from distrl.tickets import POLICY_WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,28 +31,27 @@ class Updates:
         published: the newest that is in the policy store, or that every engine starts from.
         changed: notified whenever something happens that somebody may wait for.
         fail: ends the run with a cause.
+        weights: whose versions these are, see `distrl.tickets.weights_of`.
     """
 
     def __init__(
         self,
         versions: Mapping[int, Version],
         published: Version,
-        pool: Pool,
         limits: UpdateLimits,
         recorder: Recorder,
         changed: asyncio.Condition,
         fail: Callable[[BaseException], None],
+        weights: str = POLICY_WEIGHTS,
     ) -> None:
         self._versions = versions
-        self._pool = pool
         self._limits = limits
         self._recorder = recorder
         self._changed = changed
         self._fail = fail
+        self._weights = weights
         self.published = published
         """The newest version that actors are to sample from."""
-        self.may_load = asyncio.Event()
-        """Set once weights may change under the actors."""
         self._publication: asyncio.Task[Any] | None = None
         self._refill_wanted: Version | None = None
         self._refills = 0
@@ -102,41 +102,54 @@ class Updates:
 
     # The actors' side -------------------------------------------------------------------------------------------
 
-    async def follow(self, member: Member) -> None:
+    async def follow(self, pool: Pool, member: Member, may_load: asyncio.Event) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound.
 
+        Args:
+            may_load: no pull begins while it is not set.
         Raises:
             DeadlineError: too many pulls failed in a row; names the actor, the version and the last cause.
         """
         failures = 0
-        await self.may_load.wait()
         while True:
+            await may_load.wait()
             async with self._changed:
-                while member.version == self.published.version:
+                while self._held(member) == self.published.version:
                     await self._changed.wait()
+            if not may_load.is_set():
+                continue
             target = self.published
             try:
                 receipt: LoadReceipt = await member.caller.ask(
-                    "pull", target.version, timeout_s=self._limits.sync_timeout_s
+                    "pull", target.version, self._weights, timeout_s=self._limits.sync_timeout_s
                 )
             except DistrlError as error:
                 failures += 1
                 await self._failed(member, target, failures, error)
                 continue
             failures = 0
-            member.version = receipt.version
-            member.step = self._versions[receipt.version].step
-            self._recorder.load(member.name, receipt)
-            await self._pool.changed()
+            if self._weights == POLICY_WEIGHTS:
+                member.version = receipt.version
+                member.step = self._versions[receipt.version].step
+            else:
+                member.others[self._weights] = receipt.version
+            self._recorder.load(member.name, receipt, self._weights)
+            await pool.changed()
+
+    def _held(self, member: Member) -> int:
+        return member.version if self._weights == POLICY_WEIGHTS else member.others.get(self._weights, 0)
 
     async def _failed(self, member: Member, target: Version, failures: int, error: DistrlError) -> None:
-        self._recorder.failed_call("weights", f"{member.name} pulling version {target.version}: {error}")
+        self._recorder.failed_call(
+            "weights", f"{member.name} pulling {self._weights} version {target.version}: {error}"
+        )
         if failures >= self._limits.attempts:
             raise DeadlineError(
-                f"{member.name} must load policy version {target.version} in at most "
+                f"{member.name} must load {self._weights} version {target.version} in at most "
                 f"{self._limits.attempts} attempts; the last error was: {error}"
             ) from error
-        if isinstance(error, (LostWeightsError, DamagedWeightsError)):
+        lost = isinstance(error, (LostWeightsError, DamagedWeightsError))
+        if lost and self._weights == POLICY_WEIGHTS:  # other weights are not the model that the learner trains
             await self._refilled(target)
         else:
             await asyncio.sleep(self._limits.retry_delay_s * 2 ** (failures - 1))

@@ -61,8 +61,8 @@ class RayLink:
 
     def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
         self._publisher.publish(manifest, tensors, whole=again)
-        told = self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256)
-        self._get(told, f"published, of policy version {manifest.version},")
+        told = self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256, manifest.weights)
+        self._get(told, f"published, of {manifest.weights} version {manifest.version},")
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
         call = self._coordinator.commit_checkpoint.remote(str(path), state.step, state.version, sha256)

@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-from deploy.check import RunPlan
+from deploy.check import RunPlan, own_actors, weights_by_role
 from deploy.learner import RESOURCE, train_environment
-from deploy.remote.coordinator import CoordinatorActor
+from deploy.remote.coordinator import GENERATION_STAGES, CoordinatorActor
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
 from deploy.remote.journal import JournalActor
@@ -19,6 +19,7 @@ from deploy.remote.reference import ReferenceActor
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.errors import DeadlineError, RunError
+from distrl.schema import Role
 
 
 @dataclass(slots=True)
@@ -66,15 +67,18 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
     handles = Handles()
     # A restarted store is empty, and filled again by the learner: see actors.updates.
     (handles.store,) = create(PolicyStoreActor, 1, max_restarts=-1)
-    handles.stages["generation"] = [
-        create(GenerationActor, 1, config, f"generation-{i}", handles.store)[0] for i in range(config.generation.actors)
-    ]
+    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
+    for role, weights in weights_by_role(config, plan.samples).items():
+        stage = GENERATION_STAGES[role]
+        handles.stages[stage] = [
+            create(GenerationActor, 1, config, f"{stage}-{i}", handles.store, weights)[0] for i in range(counts[role])
+        ]
     handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.graders, os.getcwd())
     handles.stages["reference"] = (
         create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
     )
     handles.stages["journal"] = create(JournalActor, 1, run_dir)
-    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out)
+    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out, plan.samples)
     return handles
 
 

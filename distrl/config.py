@@ -83,8 +83,16 @@ class GenerationConfig(_Section):
     """`transformers`: decode loop over a local model; `fake`: deterministic and instant, for tests of the system."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
+    evaluation_actors: int = Field(0, ge=0)
+    """Generation actors more, for held-out problems alone: an evaluation then neither waits for rollouts nor holds them
+    up; 0 evaluates with those that sample for training."""
+    reference_actors: int = Field(0, ge=0)
+    """Generation actors more that sample from the reference model, where the objective needs that; 0 samples from it
+    with those that sample for training."""
+    opponent_actors: int = Field(0, ge=0)
+    """Generation actors more that sample from opponents, where the objective needs that; 0 as above."""
     slots: int = Field(256, ge=1)
-    """Responses that one actor samples at the same time."""
+    """Responses that one actor samples at the same time, for each model that it samples from."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds a ticket may take to be sampled before the call counts as failed."""
 

@@ -12,7 +12,16 @@ from actors.updates import UpdateLimits
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.ledger import Ledger
+from distrl.schema import Role
 from distrl.tasks import load_task, prompt_index
+
+GENERATION_STAGES = {
+    Role.POLICY: "generation",
+    Role.EVALUATION: "evaluation",
+    Role.REFERENCE: "reference-sampling",
+    Role.OPPONENT: "opponent",
+}
+"""By role, what the generation actors are called that sample for it."""
 
 
 class CoordinatorActor(Coordinator):
@@ -24,15 +33,16 @@ class CoordinatorActor(Coordinator):
         run_dir: RunDir,
         handles: dict[str, list[Any]],
         left_out: frozenset[str] = frozenset(),
+        samples: frozenset[Role] = frozenset(),
     ) -> None:
         pools = {}
         for stage, capacity in (
-            ("generation", config.generation.slots),
+            *((stage, config.generation.slots) for stage in GENERATION_STAGES.values()),
             ("grading", config.grading.concurrency),
             ("reference", 1),
         ):
             pools[stage] = Pool(stage)
-            for i, handle in enumerate(handles[stage]):
+            for i, handle in enumerate(handles.get(stage, [])):
                 pools[stage].add(RayCaller(f"{stage}-{i}", handle), capacity)
         pipeline = Pipeline(
             pools["generation"],
@@ -41,9 +51,14 @@ class CoordinatorActor(Coordinator):
             RayCaller("journal", handles["journal"][0]),
             pipeline_limits(config),
             time.time,
+            own_pools={
+                role: pools[stage]
+                for role, stage in GENERATION_STAGES.items()
+                if role != Role.POLICY and handles.get(stage)
+            },
         )
         super().__init__(
-            coordinator_settings(config),
+            coordinator_settings(config, samples),
             Ledger(run_dir.ledger),
             make_prompts(config, left_out),
             pipeline,
@@ -82,7 +97,7 @@ def pipeline_limits(config: Config) -> PipelineLimits:
     )
 
 
-def coordinator_settings(config: Config) -> CoordinatorSettings:
+def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset()) -> CoordinatorSettings:
     """The coordinator's part of the config."""
     return CoordinatorSettings(
         seed=config.run.seed,
@@ -100,4 +115,5 @@ def coordinator_settings(config: Config) -> CoordinatorSettings:
         drops_in_a_row=config.limits.drops_in_a_row,
         evaluate_every_steps=config.evaluation.every_steps,
         keep_checkpoints=config.train.keep_checkpoints,
+        opponents=Role.OPPONENT in samples,
     )
