@@ -70,7 +70,7 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...
                 "Importance ratios",
                 "short",
                 (
-                    ("distrl_importance_ratio{$run}", "quantile {{quantile}}"),
+                    ("distrl_importance_ratio{$run}", "percentile {{percentile}}"),
                     ("distrl_importance_ratio_mean{$run}", "mean"),
                     ("distrl_importance_ratio_max{$run}", "max"),
                 ),

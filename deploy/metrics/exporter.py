@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 
-from deploy.metrics.families import LEARNER_METRICS, QUANTILES, Families
+from deploy.metrics.families import LEARNER_METRICS, PERCENTILES, Families
 
 Snapshot = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -83,8 +83,8 @@ class Exporter:
     def _learner_metric(self, name: str, value: float) -> None:
         if name in LEARNER_METRICS:
             self._families.learner[name].set(value)
-        elif name in QUANTILES:
-            self._families.ratio_quantiles.labels(QUANTILES[name]).set(value)
+        elif name in PERCENTILES:
+            self._families.ratio_percentiles.labels(PERCENTILES[name]).set(value)
         else:
             self._families.objective.labels(name).set(value)
 

@@ -24,8 +24,8 @@ LEARNER_METRICS = {
 }
 """Of the learner's metrics those with a metric of their own: their name there, and here with its help text."""
 
-QUANTILES = {"ratio_p01": "0.01", "ratio_p50": "0.5", "ratio_p99": "0.99"}
-"""The learner's names of the quantiles of the importance ratios."""
+PERCENTILES = {"ratio_p01": "1", "ratio_p50": "50", "ratio_p99": "99"}
+"""The learner's names of percentiles of the importance ratios; Prometheus keeps the label `quantile` for itself."""
 
 AGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
 PAUSES_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
@@ -91,6 +91,8 @@ class Families:
         self.drops = counter("dropped_tickets", "Tickets dropped, by reason", "reason")
         self.checkpoints = counter("checkpoints", "Checkpoints committed by this process")
         self.last_checkpoint = single("last_checkpoint_timestamp_seconds", "When a checkpoint was last committed")
-        self.ratio_quantiles = gauge("importance_ratio", "Quantiles of the token ratios of the last step", "quantile")
+        self.ratio_percentiles = gauge(
+            "importance_ratio", "Percentiles of the token ratios of the last step", "percentile"
+        )
         self.learner = {name: single(*there) for name, there in LEARNER_METRICS.items()}
         self.objective = gauge("objective", "Further metrics of the objective in the last step", "metric")

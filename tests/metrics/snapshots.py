@@ -6,6 +6,7 @@ from actors.recorder import Recorder
 from distrl.messages import LoadReceipt, StepReport
 
 METRICS = {"loss": 0.5, "ess": 0.75, "ratio_mean": 1.0, "ratio_max": 3.0, "kl_behavior": 0.01, "kl_reference": 0.02}
+METRICS |= {"ratio_p01": 0.5, "ratio_p50": 1.0, "ratio_p99": 2.0}
 METRICS |= {"entropy": 1.5, "grad_norm": 2.0, "learning_rate": 1e-4, "at_bound_policy": 0.125}
 
 

@@ -36,7 +36,7 @@ def test_the_file_of_the_dashboard_is_what_its_table_gives() -> None:
 @pytest.mark.parametrize("source", ["dashboard", "alerts"])
 def test_every_metric_that_is_asked_for_is_exported(source: str) -> None:
     registry, recorder = CollectorRegistry(), Recorder(None, lambda: 1.0)
-    record(recorder, 1, ratio_p01=0.5, ratio_p50=1.0, ratio_p99=2.0)
+    record(recorder, 1)
     recorder.event("checkpoint", "step 1")
     recorder.failed_call("grading", "it broke")
     recorder.evaluation({"name": "before", "accuracy": 0.5})

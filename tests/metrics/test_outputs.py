@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -57,6 +58,14 @@ def test_endpoint_parquet_and_tensorboard_have_the_same_numbers(tmp_path: Path) 
     assert drawn == pytest.approx(
         {tag(r["metric"], r["labels"]): r["value"] for r in rows if not r["metric"].endswith("_bucket")}
     )
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
+def test_the_names_of_the_metrics_keep_the_rules_of_prometheus(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    text = watch(made, create_run_dir(made))
+    ended = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def _braces(labels: str) -> str:
