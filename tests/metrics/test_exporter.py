@@ -112,5 +112,5 @@ def test_a_day_of_training_leaves_memory_and_the_number_of_series_as_they_are() 
     late, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert series_late == series_early < 200
-    # Nine tenths of the day may not add what one series per step would: a float and its key are some 100 bytes.
-    assert late - early < 1944 * 10
+    # One float per step, kept in a list, would be 32 bytes a step; other threads of the process make some noise.
+    assert late - early < 1944 * 25
