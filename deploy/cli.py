@@ -22,6 +22,7 @@ from deploy.commands.export import export
 from deploy.commands.init import init, schema
 from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
+from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -140,6 +141,7 @@ app.command()(schema)
 app.command()(recipes)
 app.command()(ui)
 app.command()(rollouts)
+app.command()(vstar)
 
 
 def main() -> None:
