@@ -8,6 +8,7 @@ from distrl.graders.build import Graders, chosen_graders, describe, lowest_rewar
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
+from distrl.placement import Claim, check_shares
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
@@ -71,6 +72,7 @@ def check_run(config: Config) -> RunPlan:
     needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
     samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
     _check_actors(config, samples)
+    check_placement(config, samples)
     return RunPlan(
         graders,
         scores_reference,
@@ -104,6 +106,36 @@ def own_actors(config: Config) -> dict[Role, int]:
         Role.REFERENCE: g.reference_actors,
         Role.OPPONENT: g.opponent_actors,
     }
+
+
+def generation_actors(config: Config, samples: frozenset[Role]) -> dict[Role, int]:
+    """Generation actors by the role whose they are; those of the policy also sample for roles without any."""
+    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
+    return {role: counts[role] for role in weights_by_role(config, samples)}
+
+
+def check_placement(config: Config, samples: frozenset[Role]) -> None:
+    """Refuse what no cluster could run; whether a certain one can, is known when it is there.
+
+    Raises:
+        ConfigError: names the key, and the shortfall where it is one.
+    """
+    p = config.placement
+    if p.mode == "cpu":
+        return
+    if config.generation.engine == "transformers":
+        raise ConfigError(
+            f"placement.mode must be cpu for generation.engine transformers, which runs on the CPU, got {p.mode}; "
+            "leave it out, or take another engine"
+        )
+    if p.mode == "turns" and config.train.max_staleness != 0:
+        raise ConfigError(
+            f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
+            "and learner never work at the same time there, and an asynchronous run needs that they do"
+        )
+    actors = sum(generation_actors(config, samples).values())
+    if p.mode == "shared":
+        check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
 
 
 def weights_by_role(config: Config, samples: frozenset[Role]) -> dict[Role, tuple[str, ...]]:
