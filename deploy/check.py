@@ -200,6 +200,17 @@ def check_heldout(config: Config, task: Task) -> None:
         )
 
 
+def _places(config: Config, plan: RunPlan) -> list[str]:
+    """The run's GPUs in words; no line for a CPU run."""
+    p, actors = config.placement, sum(generation_actors(config, plan.samples).values())
+    how = {
+        "separate": f"{actors} GPUs, one for each generation actor",
+        "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
+        "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
+    }
+    return [] if p.mode == "cpu" else [f"places    {how[p.mode]}"]
+
+
 def explain(config: Config, plan: RunPlan) -> list[str]:
     """The run in words, one line per part."""
     c = config
@@ -243,5 +254,6 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
             if c.evaluation.every_steps
             else ""
         ),
+        *_places(c, plan),
         f"keeps     {c.run_dir}",
     ]
