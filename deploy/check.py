@@ -10,6 +10,7 @@ from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.placement import Claim, check_shares
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
+from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
 from distrl.tickets import weights_of
@@ -184,6 +185,8 @@ def check_graders(config: Config, task: Task) -> Graders:
                 f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
             )
         check_options(target, one.options, setting=setting)
+        if known is not None and known.sandboxed:
+            check_sandbox(config.sandbox, setting=f"{setting} {target}")
         check_columns(target, task.heldout[0], setting=setting)
     return graders
 

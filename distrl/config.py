@@ -15,6 +15,7 @@ from distrl.errors import ConfigError
 from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams
+from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
 from distrl.tasks.config import DataConfig
 
@@ -54,7 +55,7 @@ class RewardConfig(_Section):
 
     grader: str | None = None
     """The only grader: `exact`, `numeric`, `math_verify`, `reasoning_gym`, `regex`, `json_schema`, `format`, `length`,
-    `overlong`, or `module:function` (docs/grading.md has the forms); empty takes the one that fits the data source."""
+    `overlong`, `unit_tests`, or `module:function` (docs/grading.md has the forms); empty takes the data source's."""
     graders: dict[str, GraderConfig] = {}
     """Several graders by name, combined by weights, or one with limits and options of its own; empty is `grader`."""
 
@@ -217,6 +218,7 @@ class Config(_Section):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
     placement: PlacementConfig = PlacementConfig()
