@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from distrl.messages import LoadReceipt, StepReport
-from distrl.tickets import POLICY_WEIGHTS
 
 KEPT = 10_000
 """Records kept in memory; the file has all."""
@@ -58,7 +57,7 @@ class Recorder:
     def evaluation(self, row: dict[str, object]) -> None:
         self._add({"kind": "evaluation", **row})
 
-    def load(self, actor: str, receipt: LoadReceipt, weights: str = POLICY_WEIGHTS) -> None:
+    def load(self, actor: str, receipt: LoadReceipt, weights: str) -> None:
         self._add({"kind": "load", "actor": actor, "weights": weights, **asdict(receipt)})
 
     def _add(self, record: dict[str, Any]) -> None:
