@@ -55,6 +55,10 @@ fix: $(READY) ## Format and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, minutes
+	@$(BIN)/python -m tests.simulation.run 2000
+	@$(BIN)/python -m tests.simulation.run 300 --mutations
+
 bench: $(READY) ## Benchmarks; JSON lines
 	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
 	@$(BIN)/python -m benchmarks.generation
@@ -63,7 +67,7 @@ bench: $(READY) ## Benchmarks; JSON lines
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study
 
-.PHONY: help setup setup-vllm quickstart test test-system test-vllm check fix bench study lock
+.PHONY: help setup setup-vllm quickstart test test-system test-vllm check fix simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools
