@@ -152,6 +152,17 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
             f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
             "and learner never work at the same time there, and an asynchronous run needs that they do"
         )
+    for key in ("gpu_memory_utilization", "enable_sleep_mode"):
+        if p.mode != "separate" and key in config.generation.engine_args:
+            raise ConfigError(
+                f"generation.engine_args.{key} must not be set for placement.mode {p.mode}, which sets it, got "
+                f"{config.generation.engine_args[key]!r}; set placement.generation_share instead"
+            )
+    if p.mode != "separate" and config.generation.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"generation.tensor_parallel_size must be 1 for placement.mode {p.mode}, where there is one GPU, got "
+            f"{config.generation.tensor_parallel_size}; set placement.mode=separate"
+        )
     actors = sum(generation_actors(config, samples).values())
     if p.mode == "shared":
         check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
@@ -225,7 +236,7 @@ def _places(config: Config, plan: RunPlan) -> list[str]:
     """The run's GPUs in words; no line for a CPU run."""
     p, actors = config.placement, sum(generation_actors(config, plan.samples).values())
     how = {
-        "separate": f"{actors} GPUs, one for each generation actor",
+        "separate": f"{config.generation.tensor_parallel_size} GPU(s) for each of {actors} generation actor(s)",
         "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
         "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
     }

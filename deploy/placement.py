@@ -32,7 +32,7 @@ def claims(config: Config, plan: RunPlan) -> list[Claim]:
         case "cpu":
             return []
         case "separate":
-            return [Claim(name, 1.0) for name in names]
+            return [Claim(name, float(config.generation.tensor_parallel_size)) for name in names]
         case "shared":
             return [Claim(name, config.placement.generation_share) for name in names]
         case "turns":

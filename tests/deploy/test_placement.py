@@ -11,6 +11,7 @@ import ray
 
 from deploy.check import check_placement, check_run, explain
 from deploy.placement import Reservation, check_cluster, claims, reserve
+from deploy.remote.generation import engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
@@ -58,6 +59,30 @@ def test_separate_actors_have_a_gpu_each_also_those_that_evaluate() -> None:
     assert claimed(**keys) == [Claim("generation-0", 1), Claim("generation-1", 1), Claim("evaluation-0", 1)]
 
 
+def test_an_actor_with_parallel_processes_has_a_gpu_for_each_on_one_node() -> None:
+    keys = {"placement.mode": "separate", "generation.engine": "vllm", "generation.tensor_parallel_size": 4}
+    assert claimed(**keys) == [Claim("generation-0", 4)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments"),
+    [
+        ("separate", {}),
+        ("shared", {"gpu_memory_utilization": 0.3}),
+        ("turns", {"gpu_memory_utilization": 0.3, "enable_sleep_mode": True}),
+    ],
+)
+def test_vllm_is_told_its_share_of_the_memory_and_that_it_is_to_sleep(mode: str, arguments: dict[str, Any]) -> None:
+    chosen = config(**{"placement.mode": mode, "generation.engine": "vllm", "placement.generation_share": 0.3})
+    assert engine_config(chosen, "policy").generation.engine_args == arguments
+
+
+def test_an_engine_of_the_reference_starts_from_its_directory() -> None:
+    chosen = config(**{"reference.path": "/the/reference"})
+    assert engine_config(chosen, "reference").model.path == Path("/the/reference")
+    assert engine_config(chosen, "opponent").model.path == chosen.model.path
+
+
 def test_shared_actors_claim_their_share_and_those_that_take_turns_an_equal_part() -> None:
     keys = {"generation.actors": 3, "placement.generation_share": 0.3}
     assert [c.gpus for c in claimed(**{"placement.mode": "shared", **keys})] == [0.3] * 3
@@ -77,6 +102,20 @@ def test_shared_actors_claim_their_share_and_those_that_take_turns_an_equal_part
             {"placement.mode": "turns", "train.max_staleness": 2},
             "train.max_staleness must be 0 for placement.mode turns, got 2; generation and learner never work at the "
             "same time there, and an asynchronous run needs that they do",
+        ),
+        (
+            {"placement.mode": "shared", "generation.engine": "vllm", "generation.tensor_parallel_size": 2},
+            "generation.tensor_parallel_size must be 1 for placement.mode shared, where there is one GPU, got 2; set "
+            "placement.mode=separate",
+        ),
+        (
+            {
+                "placement.mode": "turns",
+                "generation.engine": "vllm",
+                "generation.engine_args": {"gpu_memory_utilization": 0.9},
+            },
+            "generation.engine_args.gpu_memory_utilization must not be set for placement.mode turns, which sets it, "
+            "got 0.9; set placement.generation_share instead",
         ),
         (
             {"placement.mode": "shared", "generation.actors": 3, "placement.generation_share": 0.4},
@@ -152,7 +191,7 @@ def test_a_placement_that_this_cluster_can_never_give_is_refused_and_starts_noth
     keys = {"placement.mode": "separate", "generation.actors": 5, "run.dir": str(tmp_path)}
     wanted = config(model, **keys)
     plan = check_run(wanted)  # some cluster could run it
-    assert "places    5 GPUs, one for each generation actor" in explain(wanted, plan)
+    assert "places    1 GPU(s) for each of 5 generation actor(s)" in explain(wanted, plan)
     message = (
         "placement: the run needs 5 GPUs (generation 5 x 1), the cluster has 4, 1 too few; lower the number of actors, "
         "share a GPU with placement.mode=shared or turns, or add nodes"
