@@ -405,6 +405,8 @@ class Coordinator:
         version = self._ledger.mark_trained(report.step, staleness_by_ticket, self._published.version)
         trained = self._flights.trained(report.step, staleness_by_ticket)
         rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
+        if report.skipped is not None:
+            self._recorder.event("skipped_step", report.skipped)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
         return self._updates.expect(version)
 

@@ -51,7 +51,8 @@ def start_ray(pretend_gpus: int | None = None) -> bool:
         logging_level=logging.ERROR,
         include_dashboard=False,
         num_gpus=pretend_gpus,
-        resources={RESOURCE: 1},
+        # Only for learners, which do not count CPUs; as many as anybody may ask for.
+        resources={RESOURCE: 1024},
         namespace="distrl",
     )
     return True
