@@ -169,6 +169,11 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
             f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
             "and learner never work at the same time there, and an asynchronous run needs that they do"
         )
+    if p.mode != "separate" and config.train.device == "cuda":
+        raise ConfigError(
+            f"train.device must be cpu for placement.mode {p.mode}, got cuda; the learner takes a whole GPU and does "
+            "not share it: set placement.mode=separate"
+        )
     for key in ("gpu_memory_utilization", "enable_sleep_mode"):
         if p.mode != "separate" and key in config.generation.engine_args:
             raise ConfigError(

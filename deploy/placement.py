@@ -21,8 +21,14 @@ EVEN = 1e-4
 """The smallest share of a GPU that Ray counts."""
 
 
+def learner_claims(config: Config) -> list[Claim]:
+    """What Ray Train claims for the learner's workers; it makes that reservation itself."""
+    workers = config.train.workers if config.train.device == "cuda" else 0
+    return [Claim(f"learner-{i}", 1.0) for i in range(workers)]
+
+
 def claims(config: Config, plan: RunPlan) -> list[Claim]:
-    """What each process claims of Ray's GPUs.
+    """What each generation actor claims of Ray's GPUs.
 
     Processes that take turns all claim an equal part, whatever share of the memory each may use in its turn.
     """
@@ -46,7 +52,7 @@ def check_cluster(config: Config, plan: RunPlan) -> None:
     Raises:
         ConfigError: names the shortfall. Nothing was started.
     """
-    wanted = claims(config, plan)
+    wanted = claims(config, plan) + learner_claims(config)
     nodes = [Node(n["NodeName"], n["Resources"].get("GPU", 0.0)) for n in ray.nodes() if n["Alive"]]
     check_fits(wanted, nodes)
     if config.placement.mode in ("shared", "turns"):

@@ -104,6 +104,11 @@ def test_shared_actors_claim_their_share_and_those_that_take_turns_an_equal_part
             "same time there, and an asynchronous run needs that they do",
         ),
         (
+            {"placement.mode": "turns", "train.device": "cuda"},
+            "train.device must be cpu for placement.mode turns, got cuda; the learner takes a whole GPU and does not "
+            "share it: set placement.mode=separate",
+        ),
+        (
             {"placement.mode": "shared", "generation.engine": "vllm", "generation.tensor_parallel_size": 2},
             "generation.tensor_parallel_size must be 1 for placement.mode shared, where there is one GPU, got 2; set "
             "placement.mode=separate",
@@ -200,6 +205,21 @@ def test_a_placement_that_this_cluster_can_never_give_is_refused_and_starts_noth
     assert not (wanted.run_dir / "ledger.sqlite").exists()
     assert ray.util.placement_group_table() == {} or all(
         group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
+    )
+
+
+@pytest.mark.ray
+def test_the_gpus_of_the_learner_count_too(four_gpus: None) -> None:
+    plan: Any = Plan()
+    keys = {
+        "placement.mode": "separate",
+        "generation.actors": 3,
+        "train.device": "cuda",
+        "train.workers": 2,
+    }
+    assert refusal(ConfigError, lambda: check_cluster(config(**keys), plan)) == (
+        "placement: the run needs 5 GPUs (generation 3 x 1, learner 2 x 1), the cluster has 4, 1 too few; lower the "
+        "number of actors, share a GPU with placement.mode=shared or turns, or add nodes"
     )
 
 
