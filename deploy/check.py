@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.errors import ConfigError
 from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
@@ -17,10 +18,10 @@ from distrl.tasks import Task, load_task
 from distrl.tickets import weights_of
 from learners.optimizer import OptimizerSettings, check_schedule
 
-SAMPLED = {"v_star": Role.REFERENCE, "preference": Role.OPPONENT}
-"""Columns that need responses of others than the policy, with whose."""
+SAMPLED = {"preference": Role.OPPONENT}
+"""Columns that need responses of others than the policy while a run trains, with whose."""
 
-PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values"})
+PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"})
 """Models and columns that a run can produce for an objective."""
 
 
@@ -37,6 +38,8 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    values: RunValues
+    """Optimal values of the prompts, where the objective reads them."""
     samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
     """Roles that generation actors sample for."""
 
@@ -89,18 +92,26 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    values = check_values(config, recipe, graders, task)
     needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
     samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
+<<<<<<< HEAD
     _check_actors(config, samples)
     check_placement(config, samples)
+=======
+    # Values are sampled before the run, by distrl vstar and the same config.
+    before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
+    _check_actors(config, samples | before)
+>>>>>>> main
     return RunPlan(
         graders,
         scores_reference,
         recipe,
-        len(task.train),
+        len(task.train) - len(values.unsolved),
         len(task.heldout),
         lengths.left_out,
         lengths.longest,
+        values,
         samples,
     )
 
@@ -307,6 +318,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         if c.data.max_prompt_tokens is not None
         else ""
     )
+    if plan.values.unsolved:
+        left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "

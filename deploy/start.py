@@ -86,7 +86,8 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan, reservation: Re
         create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
     )
     handles.stages["journal"] = create(JournalActor, 1, run_dir)
-    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out, plan.samples)
+    left_out = plan.left_out | plan.values.unsolved
+    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, left_out, plan.samples)
     return handles
 
 

@@ -152,6 +152,21 @@ class ObjectiveConfig(_Section):
     """Options of that recipe; one that it does not know is refused."""
 
 
+class ValuesConfig(_Section):
+    """Optimal values of the training prompts, which A*-PO reads; `distrl vstar` estimates them once."""
+
+    path: AbsolutePath | None = None
+    """Parquet file of the values: what `distrl vstar` writes, and what a recipe that reads v_star trains with."""
+    responses: int = Field(8, ge=1)
+    """Responses of the reference model per training prompt."""
+    mode: Literal["soft", "mean", "max"] = "soft"
+    """`soft`: beta log mean exp(reward / beta); `mean` and `max` are its limits for large and small `beta`."""
+    beta: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Temperature of `soft`, in units of the reward."""
+    drop_unsolved: bool = False
+    """Trains on the prompts alone that a response of the reference solved."""
+
+
 class LoraConfig(_Section):
     """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
 
@@ -281,6 +296,7 @@ class Config(_Section):
     grading: GradingConfig = GradingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    vstar: ValuesConfig = ValuesConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
