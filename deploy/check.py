@@ -95,14 +95,10 @@ def check_run(config: Config) -> RunPlan:
     values = check_values(config, recipe, graders, task)
     needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
     samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
-<<<<<<< HEAD
-    _check_actors(config, samples)
-    check_placement(config, samples)
-=======
     # Values are sampled before the run, by distrl vstar and the same config.
     before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
     _check_actors(config, samples | before)
->>>>>>> main
+    check_placement(config, samples)
     return RunPlan(
         graders,
         scores_reference,
