@@ -102,21 +102,23 @@ class Updates:
 
     # The actors' side -------------------------------------------------------------------------------------------
 
-    async def follow(self, pool: Pool, member: Member, may_load: asyncio.Event) -> None:
+    async def follow(self, pool: Pool, member: Member, *may_load: asyncio.Event | None) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound.
 
         Args:
-            may_load: no pull begins while it is not set.
+            may_load: no pull begins while one of these is not set.
         Raises:
             DeadlineError: too many pulls failed in a row; names the actor, the version and the last cause.
         """
         failures = 0
+        gates = [gate for gate in may_load if gate is not None]
         while True:
-            await may_load.wait()
+            for gate in gates:
+                await gate.wait()
             async with self._changed:
                 while self._held(member) == self.published.version:
                     await self._changed.wait()
-            if not may_load.is_set():
+            if not all(gate.is_set() for gate in gates):
                 continue
             target = self.published
             try:
@@ -140,7 +142,9 @@ class Updates:
         return member.version if self._weights == POLICY_WEIGHTS else member.others.get(self._weights, 0)
 
     async def _failed(self, member: Member, target: Version, failures: int, error: DistrlError) -> None:
-        self._recorder.event("failed_call", f"{member.name} pulling {self._weights} version {target.version}: {error}")
+        self._recorder.failed_call(
+            "weights", f"{member.name} pulling {self._weights} version {target.version}: {error}"
+        )
         if failures >= self._limits.attempts:
             raise DeadlineError(
                 f"{member.name} must load {self._weights} version {target.version} in at most "
@@ -165,8 +169,8 @@ class Updates:
                     await self._changed.wait()
         except TimeoutError:
             # The next attempt fails as this one did, and what it says is missing ends the run in the end.
-            self._recorder.event(
-                "failed_call",
+            self._recorder.failed_call(
+                "weights",
                 f"the learner must publish policy version {lost.version} again within limits.publish_timeout_s = "
                 f"{timeout_s:g} s, it did not",
             )

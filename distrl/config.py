@@ -106,6 +106,17 @@ class GenerationConfig(_Section):
     """Seconds a ticket may take to be sampled before the call counts as failed."""
 
 
+class PlacementConfig(_Section):
+    """Which processes get GPUs, and how they share one."""
+
+    mode: Literal["cpu", "separate", "shared", "turns"] = "cpu"
+    """`cpu`: none gets one. `separate`: each has its own, a generation actor as many as it has parallel processes.
+    `shared`: side by side on one GPU, each with a share of its memory. `turns`: on one GPU, and generation gives its
+    memory back while the learner trains."""
+    generation_share: float = Field(0.5, gt=0, le=1)
+    """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
+
+
 class GradingConfig(_Section):
     """The actors that grade."""
 
@@ -257,6 +268,17 @@ class EvaluationConfig(_Section):
     """Held-out problems of those; all of them where `problems` is less."""
 
 
+class MetricsConfig(_Section):
+    """Where the numbers of a run go, beside metrics.jsonl, Parquet and TensorBoard in its directory."""
+
+    host: str = "127.0.0.1"
+    """Address at which the driver serves Prometheus metrics, without a password; 0.0.0.0 lets everybody read them."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port of it; 0 takes a free one, which `.prometheus/NAME.json` in `run.dir` names."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases; empty sends nothing there. Needs the extra `wandb`."""
+
+
 class LimitsConfig(_Section):
     """Bounds and deadlines."""
 
@@ -296,6 +318,7 @@ class Config(_Section):
     sandbox: SandboxConfig = SandboxConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
+    placement: PlacementConfig = PlacementConfig()
     grading: GradingConfig = GradingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -304,6 +327,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")

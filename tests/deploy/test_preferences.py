@@ -72,14 +72,15 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         (
             "nash_mp",
             {"preference.opponents": 5},
-            "preference.opponents must be <= rollout.group_size (4), got 5; a ticket has as many opponents as responses",
+            "preference.opponents must be <= rollout.group_size (4), got 5; a ticket has as many opponents as "
+            "responses",
         ),
         (
             "nash_md",
             {},
             "objective.recipe nash_md asks for opponent that samples from policy^0.875 reference^0.125, mixed token by "
-            "token, which no engine does yet; use nash_mp, whose opponents are an average or a snapshot of the policy's "
-            "weights",
+            "token, which no engine does yet; use nash_mp, whose opponents are an average or a snapshot of the "
+            "policy's weights",
         ),
         (
             "online_ipo",
@@ -90,8 +91,8 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         (
             "online_ipo",
             {"train.max_staleness": 2},
-            "train.max_staleness must be 0 and train.on_stale wait for objective.recipe online_ipo, got 2 and wait; both "
-            "responses of a pair play for the policy itself, and older ones would make older weights the opponent",
+            "train.max_staleness must be 0 and train.on_stale wait for objective.recipe online_ipo, got 2 and wait; "
+            "both responses of a pair play for the policy itself, and older ones would make older weights the opponent",
         ),
     ],
 )
