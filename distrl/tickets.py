@@ -42,6 +42,8 @@ class DropReason(StrEnum):
     GRADING_FAILED = "grading_failed"
     REFERENCE_FAILED = "reference_failed"
     JOURNAL_FAILED = "journal_failed"
+    POISON = "poison"
+    """Worker after worker died that had it."""
     RUN_ENDED = "run_ended"
 
 
