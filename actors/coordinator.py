@@ -127,8 +127,8 @@ class Coordinator:
             flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
-            flight.enter("ready", self._clock())
             self._flights.add(flight)
+            self._flights.ready(flight, self._clock())
         self._reissue.extend(recovery.issued)
         self._recorder.event(
             "resumed",
@@ -248,6 +248,7 @@ class Coordinator:
             flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
             flight.oldest_step = self._versions[receipt.oldest_version].step
             flight.response_tokens = receipt.response_tokens
+            self._flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
                 ticket_id,
                 oldest_version=receipt.oldest_version,
@@ -263,7 +264,7 @@ class Coordinator:
             self._count_drop(error)
         else:
             self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
-            flight.enter("ready", self._clock())
+            self._flights.ready(flight, self._clock())
             self._drops_in_a_row = 0
         self._issue()
         await self._notify()

@@ -26,6 +26,10 @@ class Flights:
         """Issued, not yet granted to the learner."""
         self.granted: dict[int, Flight] = {}
         """In the learner's hands."""
+        # Kept as sums over `under_way`: they are asked for with every ticket, and there may be thousands under way.
+        self._ready = 0
+        self._sampled = 0
+        self._sampled_bytes = 0
 
     @property
     def outstanding(self) -> int:
@@ -38,18 +42,34 @@ class Flights:
         return asked_for - len(self.under_way) - len(self.granted)
 
     def may_issue(self) -> bool:
-        ready = sum(f.ready for f in self.under_way.values())
-        return self._admission.may_issue(self.outstanding, ready) and not self._is_full()
+        return self._admission.may_issue(self.outstanding, self._ready) and not self._is_full()
 
     def _is_full(self) -> bool:
-        sampled = [f.bytes for f in self.under_way.values() if f.bytes]
-        return len(sampled) >= self._admission.tickets_per_step and sum(sampled) >= self._ready_bytes
+        return self._sampled >= self._admission.tickets_per_step and self._sampled_bytes >= self._ready_bytes
 
     def add(self, flight: Flight) -> None:
+        """Takes up a ticket that nothing was sampled for yet."""
         self.under_way[flight.ticket.ticket_id] = flight
 
+    def sampled(self, flight: Flight, size: int) -> None:
+        """The responses of a ticket under way are there, `size` bytes of them."""
+        flight.bytes = size
+        self._sampled += 1
+        self._sampled_bytes += size
+
+    def ready(self, flight: Flight, now: float) -> None:
+        """A ticket under way waits for the learner from now on."""
+        flight.enter("ready", now)
+        self._ready += 1
+
     def remove(self, flight: Flight) -> None:
-        self.under_way.pop(flight.ticket.ticket_id, None)
+        """Forgets a ticket under way; one that is not is left alone."""
+        if self.under_way.pop(flight.ticket.ticket_id, None) is None:
+            return
+        self._ready -= flight.ready
+        if flight.bytes:
+            self._sampled -= 1
+            self._sampled_bytes -= flight.bytes
 
     def choose(self, step: int) -> list[Flight]:
         """The batch of the step that starts at learner step `step`, in the order of ticket ids; empty: not yet."""
@@ -63,8 +83,8 @@ class Flights:
         return [self.under_way[i] for i in batch]
 
     def grant(self, flight: Flight) -> None:
-        ticket_id = flight.ticket.ticket_id
-        self.granted[ticket_id] = self.under_way.pop(ticket_id)
+        self.remove(flight)
+        self.granted[flight.ticket.ticket_id] = flight
 
     def trained(self, step: int, ticket_ids: Iterable[int]) -> list[Flight]:
         """The learner has trained these tickets in step number `step`; they fill the window until `release`."""

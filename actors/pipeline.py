@@ -120,7 +120,6 @@ class Pipeline:
 
         receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)
         self._span(flight, "generation", flight.stage_since_s)
-        flight.bytes += receipt.bytes
         return receipt
 
     async def grade_and_score(self, flight: Flight) -> Grades:

@@ -43,7 +43,7 @@ def anybody(member: Member) -> bool:
 
 
 def unsuspected(member: Member) -> bool:
-    """Members without a ticket that may be what kills workers; see `Pool.trust`."""
+    """Members without a ticket that may be what kills workers; see `Pipeline`."""
     return member.suspects == 0
 
 
@@ -56,6 +56,8 @@ class Pool:
         self.lost: dict[str, str] = {}
         """Members that were taken out because they died or failed too often, with the cause; see `forget`."""
         self._successes = 0
+        self.busy = 0
+        """Places taken at all members together."""
         self._changed = asyncio.Condition()
         self._listeners: list[Callable[[], None]] = []
 
@@ -71,6 +73,7 @@ class Pool:
         """Takes a member out; calls that it has under way end as they end."""
         if member in self.members:
             self.members.remove(member)
+            self.busy -= member.busy  # what it still has is nobody's business here any more
         await self.changed()
 
     async def lose(self, member: Member, cause: str) -> None:
@@ -102,10 +105,6 @@ class Pool:
         """Call `listener` whenever a place becomes free or a member's version changes."""
         self._listeners.append(listener)
 
-    @property
-    def busy(self) -> int:
-        return sum(m.busy for m in self.members)
-
     def take(self, places: int = 1, fits: Callable[[Member], bool] = anybody) -> Member | None:
         """Takes places at the least busy member that fits and has them free, or None."""
         free = [
@@ -117,6 +116,7 @@ class Pool:
             return None
         member = min(free, key=lambda m: m.busy / m.capacity)
         member.busy += places
+        self.busy += places
         return member
 
     async def wait_take(self, places: int = 1, fits: Callable[[Member], bool] = anybody) -> Member:
@@ -128,6 +128,8 @@ class Pool:
 
     async def give_back(self, member: Member, places: int = 1) -> None:
         member.busy -= places
+        if member in self.members:
+            self.busy -= places
         await self.changed()
 
     async def changed(self) -> None:
