@@ -128,5 +128,10 @@ class Generation:
             return LoadReceipt(version, fetched - began, report.pause_s, report.sequences_in_flight)
 
     @ray.method
+    async def policy_version(self) -> int:
+        """The version that it samples from now."""
+        return self._engine.version
+
+    @ray.method
     async def close(self) -> None:
         await self._engine.close()

@@ -224,7 +224,7 @@ class Pipeline:
 
         Tickets that were merely beside the culprit are thereby told apart from it.
         """
-        return 0 < flight.losses and flight.losses >= self._limits.attempts - 1
+        return flight.losses > 0 and flight.losses >= self._limits.attempts - 1
 
     @asynccontextmanager
     async def _judge(self, pool: Pool, member: Member, flights: Sequence[Flight]) -> AsyncIterator[None]:
@@ -232,7 +232,7 @@ class Pipeline:
         try:
             yield
         except WorkerLostError as error:
-            await self._lose(pool, member, str(error))
+            await self.lose(pool, member, str(error))
             raise
         except (RunError, DataLostError):
             raise
@@ -240,12 +240,13 @@ class Pipeline:
             if pool.failed(member, [f.ticket.ticket_id for f in flights], self._limits.attempts):
                 limit = self._limits.attempts
                 cause = f"{limit} different tickets in a row failed there and not elsewhere; the last: {error}"
-                await self._lose(pool, member, cause)
+                await self.lose(pool, member, cause)
             raise
         else:
             pool.succeeded(member)
 
-    async def _lose(self, pool: Pool, member: Member, cause: str) -> None:
+    async def lose(self, pool: Pool, member: Member, cause: str) -> None:
+        """Takes a member out; whoever supervises the processes replaces it."""
         if member in pool.members:
             await pool.lose(member, cause)
             self.on_loss(member, cause)

@@ -82,9 +82,9 @@ class Pool:
             self.lost[member.name] = cause
             await self.remove(member)
 
-    def forget(self, name: str) -> None:
-        """The supervisor knows of the loss."""
-        self.lost.pop(name, None)
+    def forget(self, name: str) -> bool:
+        """The supervisor knows of the loss; whether there was one."""
+        return self.lost.pop(name, None) is not None
 
     def succeeded(self, member: Member) -> None:
         """A call succeeded there."""
@@ -107,11 +107,7 @@ class Pool:
 
     def take(self, places: int = 1, fits: Callable[[Member], bool] = anybody) -> Member | None:
         """Takes places at the least busy member that fits and has them free, or None."""
-        free = [
-            m
-            for m in self.members
-            if m.busy + places <= m.capacity and not (m.behind or m.draining) and fits(m)
-        ]
+        free = [m for m in self.members if m.busy + places <= m.capacity and not (m.behind or m.draining) and fits(m)]
         if not free:
             return None
         member = min(free, key=lambda m: m.busy / m.capacity)

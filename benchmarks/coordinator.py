@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import LocalRef
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder

@@ -71,7 +71,7 @@ def resume(run: RunPath) -> None:
     from deploy.progress import Terminal
     from deploy.run import resumable, resume_training
 
-    config, _, _ = resumable(run)
+    config, _ = resumable(run)
     resume_training(run, Terminal(Console(), config.train.steps, config.run.name))
 
 

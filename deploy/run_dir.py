@@ -43,6 +43,11 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def processes(self) -> Path:
+        """Which process does what; see `deploy.process_table`."""
+        return self.path / "processes.json"
+
+    @property
     def stop_request(self) -> Path:
         """A file that asks the run to stop; see `distrl stop`."""
         return self.path / "stop"

@@ -149,8 +149,13 @@ class Ledger:
         return ticket_id, prompt_id
 
     def count_attempt(self, ticket_id: int) -> None:
-        """Records one more failed call for the ticket."""
+        """Records one more failed call for the ticket.
+
+        Raises:
+            LedgerError: the ticket was never issued.
+        """
         with self._transaction():
+            self.state(ticket_id)
             self._db.execute("UPDATE tickets SET attempts = attempts + 1 WHERE ticket_id = ?", (ticket_id,))
 
     def mark_generated(
@@ -196,10 +201,15 @@ class Ledger:
     def commit_checkpoint(self, path: str, *, step: int, version: int, sha256: str) -> int:
         """Names a checkpoint and commits, in the same transaction, all tickets trained up to its step.
 
+        Naming the same checkpoint again changes nothing.
+
         Returns:
             How many tickets were committed.
         """
         with self._transaction():
+            known = self._db.execute("SELECT sha256 FROM checkpoints WHERE path = ?", (path,)).fetchone()
+            if known is not None and known["sha256"] == sha256:
+                return 0
             self._db.execute(
                 "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, NULL)", (path, step, version, sha256, self._clock())
             )
@@ -227,11 +237,23 @@ class Ledger:
     def evaluations(self) -> list[dict[str, object]]:
         return [dict(r) for r in self._db.execute("SELECT * FROM evaluations ORDER BY evaluation")]
 
-    def recover(self, step: int) -> "Recovery":
-        """Brings the tickets back to where the checkpoint of `step` left them.
+    def take_up(self) -> "Recovery":
+        """What a coordinator finds that starts on a ledger with a past; the learner may live and hold its weights.
 
-        What was trained after it is ready again, from the journal; what was being sampled or graded is issued again.
+        What was being sampled or graded is issued again. What was trained stays so: see `roll_back`.
+        """
+        with self._transaction():
+            self._back(TicketState.GENERATED, TicketState.ISSUED, "generated_s = NULL, rollouts = NULL")
+            issued = self._db.execute(
+                "SELECT ticket_id, prompt_id FROM tickets WHERE state = ? ORDER BY ticket_id", (TicketState.ISSUED,)
+            ).fetchall()
+            return Recovery(self.ready_tickets(), tuple((r["ticket_id"], r["prompt_id"]) for r in issued))
 
+    def roll_back(self, step: int) -> tuple[JournalledTicket, ...]:
+        """The learner has the weights of the checkpoint of `step` again: what was trained after it is ready again.
+
+        Returns:
+            These tickets; they are in the journal.
         Raises:
             LedgerError: a later checkpoint is committed; there is no way back behind it.
         """
@@ -239,30 +261,56 @@ class Ledger:
             later = self._one("SELECT MAX(step) AS step FROM checkpoints")["step"]
             if later is not None and later > step:
                 raise LedgerError(f"the ledger has a checkpoint of step {later}, it cannot go back to step {step}")
+            before = {kept.ticket_id for kept in self.ready_tickets()}
             self._back(TicketState.TRAINED, TicketState.READY, "trained_step = NULL, staleness = NULL")
-            self._back(TicketState.GENERATED, TicketState.ISSUED, "generated_s = NULL, rollouts = NULL")
-            ready = self._db.execute(
-                "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE state = ? ORDER BY ticket_id",
-                (TicketState.READY,),
+            return tuple(kept for kept in self.ready_tickets() if kept.ticket_id not in before)
+
+    def ready_tickets(self) -> tuple[JournalledTicket, ...]:
+        """Tickets that wait for the learner, or are in its hands, in order."""
+        ready = self._db.execute(
+            "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE state = ? ORDER BY ticket_id",
+            (TicketState.READY,),
+        )
+        return tuple(
+            JournalledTicket(
+                ticket_id=r["ticket_id"],
+                redraw=r["redraw"],
+                prompt_id=r["prompt_id"],
+                journal_file=r["journal_file"],
+                journal_sha256=r["sha256"],
+                oldest_version=r["oldest_version"],
+                newest_version=r["newest_version"],
+                reward_mean=r["reward_mean"],
+                response_tokens=r["response_tokens"],
             )
-            kept = tuple(
-                JournalledTicket(
-                    ticket_id=r["ticket_id"],
-                    redraw=r["redraw"],
-                    prompt_id=r["prompt_id"],
-                    journal_file=r["journal_file"],
-                    journal_sha256=r["sha256"],
-                    oldest_version=r["oldest_version"],
-                    newest_version=r["newest_version"],
-                    reward_mean=r["reward_mean"],
-                    response_tokens=r["response_tokens"],
-                )
-                for r in ready
-            )
-            issued = self._db.execute(
-                "SELECT ticket_id, prompt_id FROM tickets WHERE state = ? ORDER BY ticket_id", (TicketState.ISSUED,)
-            )
-            return Recovery(kept, tuple((r["ticket_id"], r["prompt_id"]) for r in issued))
+            for r in ready
+        )
+
+    def return_ticket(self, ticket_id: int) -> None:
+        """Gives up what was sampled for a ticket: it is issued again, as the same prompt."""
+        self._move([ticket_id], TicketState.ISSUED, journal_file=None, reward_mean=None)
+
+    def trained_step(self) -> int:
+        """The last step of which the ledger knows."""
+        return int(self._one("SELECT COALESCE(MAX(trained_step), 0) AS step FROM tickets")["step"])
+
+    def last_published(self) -> int:
+        """The version that was published last; 0, the weights that training began with, where none was."""
+        return int(self._one("SELECT COALESCE(MAX(version), 0) AS v FROM versions WHERE published_s IS NOT NULL")["v"])
+
+    def unpublished(self, parent: int, step: int) -> int | None:
+        """A version for the weights of this step that was allocated and not published, if there is one."""
+        row = self._db.execute(
+            "SELECT MAX(version) AS v FROM versions"
+            " WHERE parent = ? AND step = ? AND published_s IS NULL AND version > ?",
+            (parent, step, parent),
+        ).fetchone()
+        return None if row["v"] is None else int(row["v"])
+
+    def tells(self, step: int, tickets: Iterable[int]) -> bool:
+        """Whether exactly these tickets are trained by this step already."""
+        rows = self._db.execute("SELECT ticket_id FROM tickets WHERE trained_step = ?", (step,))
+        return {r["ticket_id"] for r in rows} == set(tickets)
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The checkpoint committed last."""

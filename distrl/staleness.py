@@ -119,6 +119,21 @@ class Admission:
             waiting = sorted(t.ticket_id for t in unready if deadline[t.ticket_id] <= max(late))
         return Choice((), tuple(waiting))
 
+    def hopeless(self, outstanding: Sequence[Outstanding], step: int) -> tuple[int, ...]:
+        """Tickets that no order of steps from learner step `step` can train in time; they must be sampled again.
+
+        There are none unless the learner was rolled back: the weights that sampled them are then on a branch that it
+        left, so that their deadlines came nearer. In the order of deadlines, the n-th ticket that is kept, from 0, is
+        trained by the step that starts at step + n // tickets_per_step at the earliest.
+        """
+        kept, gone = 0, []
+        for ticket in sorted(outstanding, key=lambda t: (t.oldest_step, t.ticket_id)):
+            if ticket.oldest_step + self.max_staleness < step + kept // self.tickets_per_step:
+                gone.append(ticket.ticket_id)
+            else:
+                kept += 1
+        return tuple(gone)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -4,40 +4,43 @@ import time
 from typing import Any
 
 from actors.calls import RayCaller
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
+from deploy.remote.located import Located
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.ledger import Ledger
 from distrl.tasks import load_task, prompt_index
 
 
-class CoordinatorActor(Coordinator):
-    """`Coordinator` over the handles of the other actors."""
+class CoordinatorActor(Coordinator, Located):
+    """`Coordinator` over the handles of the other actors.
+
+    Stages join it, when it begins and when one of their processes was replaced. Ray starts it again when its process
+    dies: it then goes on from ledger and journal, and the supervisor lets everybody join again.
+    """
 
     def __init__(
         self,
         config: Config,
         run_dir: RunDir,
-        handles: dict[str, list[Any]],
+        journal: Any,
+        scores_reference: bool,
         left_out: frozenset[str] = frozenset(),
     ) -> None:
-        pools = {}
-        for stage, capacity in (
-            ("generation", config.generation.slots),
-            ("grading", config.grading.concurrency),
-            ("reference", 1),
-        ):
-            pools[stage] = Pool(stage)
-            for i, handle in enumerate(handles[stage]):
-                pools[stage].add(RayCaller(f"{stage}-{i}", handle), capacity)
+        self._capacity = {
+            "generation": config.generation.slots,
+            "grading": config.grading.concurrency,
+            "reference": 1,
+        }
         pipeline = Pipeline(
-            pools["generation"],
-            pools["grading"],
-            pools["reference"] if handles["reference"] else None,
-            RayCaller("journal", handles["journal"][0]),
+            Pool("generation"),
+            Pool("grading"),
+            Pool("reference") if scores_reference else None,
+            RayCaller("journal", journal),
             pipeline_limits(config),
             time.time,
         )
@@ -49,6 +52,10 @@ class CoordinatorActor(Coordinator):
             Recorder(run_dir.metrics, time.time),
             time.time,
         )
+
+    async def join_actor(self, stage: str, name: str, handle: Any) -> None:
+        """A stage's process is there; see `Coordinator.join`."""
+        await self.join(stage, RayCaller(name, handle), self._capacity[stage])
 
 
 def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:
@@ -72,6 +79,7 @@ def pipeline_limits(config: Config) -> PipelineLimits:
     return PipelineLimits(
         attempts=config.limits.call_attempts,
         retry_delay_s=config.limits.retry_delay_s,
+        outage_s=config.limits.outage_s,
         generation_timeout_s=config.generation.timeout_s,
         grading_timeout_s=config.grading.timeout_s,
         reference_timeout_s=config.reference.timeout_s,

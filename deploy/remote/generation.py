@@ -9,6 +9,7 @@ import torch
 from actors.calls import RayCaller, unwrap
 from actors.engines.build import build_engine
 from actors.generation import Generation
+from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.messages import Chunk, Manifest
 from distrl.models import load_tokenizer
@@ -16,7 +17,7 @@ from distrl.prompts import PromptEncoder
 from distrl.tasks.problem import Message
 
 
-class GenerationActor(Generation):
+class GenerationActor(Generation, Located):
     """`Generation` with the engine that the config names."""
 
     def __init__(self, config: Config, name: str, store: Any) -> None:

@@ -1,11 +1,12 @@
 """The grading actor."""
 
 from actors.grading import Grading
+from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.rewards import importable_from, make_grader
 
 
-class GradingActor(Grading):
+class GradingActor(Grading, Located):
     """`Grading` with the run's grader.
 
     Args:

@@ -1,0 +1,216 @@
+"""Issues tickets and sees each through its stages, until it waits for the learner or is dropped."""
+
+from collections import deque
+from collections.abc import Callable
+
+from actors.calls import DataLostError
+from actors.flight import Flight
+from actors.flights import Flights
+from actors.outcome import Outcome
+from actors.pipeline import Pipeline, TicketFailedError
+from actors.policy_versions import PolicyVersions
+from actors.pool import Member
+from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
+from actors.waits import Stopwatch
+from distrl.errors import DistrlError, RunError
+from distrl.ledger import JournalledTicket, Ledger
+from distrl.schema import Role
+from distrl.seeding import Purpose
+from distrl.tickets import DropReason, Ticket
+
+
+class Dispatcher:
+    """The part of the coordinator between a draw and the ready buffer.
+
+    Attributes:
+        issuing: whether new tickets may be issued at all; how many, the staleness contract says.
+        flights: the tickets under way and in the learner's hands.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        ledger: Ledger,
+        prompts: Prompts,
+        pipeline: Pipeline,
+        versions: PolicyVersions,
+        recorder: Recorder,
+        outcome: Outcome,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._prompts = prompts
+        self._pipeline = pipeline
+        self._versions = versions
+        self._recorder = recorder
+        self._outcome = outcome
+        self._clock = clock
+        self.issuing = False
+        self.flights = Flights(
+            settings.admission, settings.on_stale, settings.ready_bytes, trained_steps=ledger.trained_step()
+        )
+        self.held = Stopwatch(clock)
+        """While generation is idle because only the learner's progress allows to issue more."""
+        self._again: deque[tuple[int, str]] = deque()  # issued before, and to be sampled again
+        self._drops_in_a_row = 0
+        pipeline.generation.on_change(self.issue)
+        pipeline.on_failure = self._count_failure
+
+    async def take_up(self) -> tuple[int, int]:
+        """Takes up the tickets of an earlier process: how many were ready, and how many are sampled again.
+
+        Raises:
+            DistrlError: the journal does not have what the ledger says.
+        """
+        recovery = self._ledger.take_up()
+        for kept in recovery.ready:
+            self.flights.take_back(await self._read_back(kept))
+        self._again.extend(recovery.issued)
+        return len(recovery.ready), len(recovery.issued)
+
+    async def roll_back(self, step: int) -> int:
+        """The learner stands at `step` again, on the version that is now the published one.
+
+        Returns:
+            How many tickets that were trained are ready again.
+        """
+        for flight in self.flights.under_way.values():
+            flight.oldest_step = min(flight.oldest_step, self._versions.step_of(flight.oldest_version))
+        returned = [await self._read_back(kept) for kept in self._ledger.roll_back(step)]
+        self.flights.roll_back(step, returned)
+        return len(returned)
+
+    async def refresh(self, flights: list[Flight]) -> None:
+        """Takes the columns of ready tickets from the journal again; the ones that they had may be lost."""
+        kept = {k.ticket_id: k for k in self._ledger.ready_tickets()}
+        for flight in flights:
+            ticket = kept[flight.ticket.ticket_id]
+            await self._pipeline.read_back(flight, ticket.journal_file, ticket.journal_sha256)
+
+    async def _read_back(self, kept: JournalledTicket) -> Flight:
+        flight = self._flight(kept.ticket_id, kept.prompt_id, self._versions.step_of(kept.oldest_version))
+        flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
+        flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
+        await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
+        return flight
+
+    def issue(self) -> None:
+        """Issues as many tickets as the staleness contract and the free places allow."""
+        settings, flights = self._settings, self.flights
+        held = False
+        while self.issuing and self._outcome.fatal is None and flights.wanted(settings.steps) > 0:
+            if not flights.may_issue():
+                held = True
+                break
+            oldest_step = settings.admission.oldest_step_for(flights.outstanding, self._versions.published.step)
+            member = self._pipeline.generation.take(settings.group_size, at_least(oldest_step))
+            if member is None:
+                break
+            self._launch(member, *(self._again.popleft() if self._again else self._draw()))
+        # Held back: there are free places, and only the learner's progress allows to fill them.
+        self.held.set(held and self._pipeline.generation.busy == 0)
+
+    def _draw(self) -> tuple[int, str]:
+        return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
+
+    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
+        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+        flight.oldest_version = member.version
+        self.flights.add(flight)
+        self._outcome.spawn(self._carry(flight, member))
+
+    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+        problem = self._prompts.draw(ticket_id)
+        if problem.prompt_id != prompt_id:
+            raise RunError(
+                f"ticket {ticket_id} was drawn as prompt {prompt_id}, the data now gives {problem.prompt_id}; a run "
+                "goes on with the data it began with"
+            )
+        ticket = Ticket(
+            ticket_id=ticket_id,
+            redraw=0,
+            prompt_id=prompt_id,
+            prompt=problem.prompt,
+            role=Role.POLICY,
+            group_size=self._settings.group_size,
+            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            messages=problem.messages,
+        )
+        return Flight(ticket, problem, oldest_step, issued_s=self._clock())
+
+    async def _carry(self, flight: Flight, member: Member) -> None:
+        """Takes one ticket through its stages until it is ready, dropped, or has to be sampled again."""
+        ticket_id = flight.ticket.ticket_id
+        try:
+            # Looked at with every attempt: a roll-back may ask for less meanwhile.
+            receipt = await self._pipeline.sample(flight, member, lambda m: m.step >= flight.oldest_step)
+            flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
+            flight.oldest_step = self._versions.step_of(receipt.oldest_version)
+            flight.response_tokens = receipt.response_tokens
+            self.flights.sampled(flight, receipt.bytes)
+            self._ledger.mark_generated(
+                ticket_id,
+                oldest_version=receipt.oldest_version,
+                newest_version=receipt.newest_version,
+                rollouts=receipt.rollouts,
+                response_tokens=receipt.response_tokens,
+            )
+            grades = await self._pipeline.grade_and_score(flight)
+            flight.reward_mean = grades.reward_sum / grades.rollouts
+            journalled = await self._pipeline.journal(flight)
+        except TicketFailedError as error:
+            self.drop(flight, error.reason, error.detail)
+            self._count_drop(error)
+        except DataLostError as error:
+            self._count_failure(flight, error)
+            self.sample_again(flight)
+        else:
+            self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
+            self.flights.ready(flight, self._clock())
+            self._drops_in_a_row = 0
+        self.issue()
+        await self._outcome.notify()
+
+    def sample_again(self, flight: Flight) -> None:
+        """What was sampled for a ticket is lost or of no use: it is issued again."""
+        self.flights.remove(flight)
+        self._ledger.return_ticket(flight.ticket.ticket_id)
+        self._again.append((flight.ticket.ticket_id, flight.ticket.prompt_id))
+
+    def drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
+        self.flights.remove(flight)
+        self._ledger.drop(flight.ticket.ticket_id, reason, detail)
+
+    def _count_drop(self, error: TicketFailedError) -> None:
+        self._recorder.event("dropped", str(error))
+        self._drops_in_a_row += 1
+        limit = self._settings.drops_in_a_row
+        if self._drops_in_a_row > limit:
+            self._outcome.fail(
+                RunError(
+                    f"limits.drops_in_a_row: at most {limit} tickets may be dropped with none becoming ready between "
+                    f"them, got {self._drops_in_a_row}; the last cause was {error}"
+                )
+            )
+
+    def _count_failure(self, flight: Flight, error: DistrlError) -> None:
+        self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
+        if flight.ticket.role == Role.POLICY:
+            self._ledger.count_attempt(flight.ticket.ticket_id)
+
+    def choose(self, step: int) -> list[Flight]:
+        """The batch of the step from learner step `step`, in the order of ticket ids; empty: not yet."""
+        batch = self.flights.choose(step)
+        if not batch and (hopeless := self.flights.hopeless(step)):
+            for flight in hopeless:
+                self.sample_again(flight)
+            self._recorder.event("returned", f"{len(hopeless)} tickets of a branch that was left are sampled again")
+            self.issue()
+        return batch
+
+
+def at_least(step: int) -> Callable[[Member], bool]:
+    """Members whose weights have done `step` optimizer steps."""
+    return lambda member: member.step >= step

@@ -1,0 +1,50 @@
+"""The policy versions of a run as the coordinator sees them: the tree, and which one is in use."""
+
+from distrl.ledger import Ledger
+from distrl.staleness import Version, staleness
+
+
+class PolicyVersions:
+    """Version numbers come from the ledger and are never used twice.
+
+    Attributes:
+        published: the version that generation is to sample from. After the learner was rolled back it is the one of the
+            checkpoint, until that is published again.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.has_past = bool(ledger.versions())
+        """Whether an earlier process of the coordinator has begun this run."""
+        if not self.has_past:
+            ledger.allocate_version(None, 0)
+        self._tree = ledger.versions()
+        self.published = self._tree[ledger.last_published()]
+
+    def allocate(self, step: int) -> int:
+        """A number for the weights after `step` steps that the learner made from the published ones."""
+        parent = self.published.version
+        pending = self._ledger.unpublished(parent, step)
+        version = self._ledger.allocate_version(parent, step) if pending is None else pending
+        self._tree[version] = Version(version, parent, step)
+        return version
+
+    def publish(self, version: int, manifest_sha256: str) -> None:
+        self._ledger.mark_published(version, manifest_sha256)
+        self.published = self._tree[version]
+
+    def go_back(self, version: int) -> None:
+        """Ages count from this version from now on; what was published after it is on a branch that was left."""
+        self.published = self._tree[version]
+
+    def age(self, version: int) -> int:
+        """Staleness of this version's samples when the published weights are trained on them."""
+        return staleness(self._tree, version, self.published.version)
+
+    def step_of(self, version: int) -> int:
+        """How many steps a version's weights have done, as far as the published ones are concerned.
+
+        That is its step; for weights of a branch that was left it is as many fewer than the published step as lie
+        between them along the tree.
+        """
+        return self.published.step - self.age(version)
