@@ -12,7 +12,8 @@ from distrl.errors import DistrlError, StageError
 
 class MakeCall(Protocol):
     async def __call__(self, member: Member, jobs: Sequence[Any]) -> tuple[list[Any], Any]:
-        """One call for several jobs: each job's own part of the receipt, and the reference to the batch."""
+        """One call for several jobs: each job's own part of the receipt, or why that job failed; and the reference to
+        the batch."""
         ...
 
 
@@ -99,7 +100,9 @@ class Coalescer:
             raise
         else:
             for job, part in zip(jobs, parts, strict=True):
-                if not job.answer.done():
+                if isinstance(part, DistrlError):
+                    _refuse(job, part)
+                elif not job.answer.done():
                     job.answer.set_result((part, batch))
         finally:
             member.suspects -= suspect

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actors.calls import Caller, WorkerLostError
+from actors.calls import Caller
 from actors.crew import Crew
 from actors.dispatcher import Dispatcher, at_least
 from actors.evaluation import Evaluation, Evaluator
@@ -18,13 +18,13 @@ from actors.learner_seat import LearnerSeat
 from actors.outcome import Outcome
 from actors.pipeline import Pipeline
 from actors.policy_versions import PolicyVersions
-from actors.pool import Member
 from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
+from actors.updates import Updates
 from actors.waits import WaitReport, blame
-from distrl.errors import DeadlineError, DistrlError, LedgerError, RunError
+from distrl.errors import LedgerError, RunError
 from distrl.ledger import Ledger
-from distrl.messages import BatchGrant, LearnerStart, LoadReceipt, StepReport, TicketGrant, Whereabouts
+from distrl.messages import BatchGrant, LearnerStart, PublishAgain, StepReport, TicketGrant, Whereabouts
 from distrl.tasks.problem import Problem
 from distrl.tickets import DropReason
 
@@ -58,6 +58,7 @@ class Coordinator:
         self._dispatcher = Dispatcher(
             settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock
         )
+        self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome)
         self._crew = Crew(pipeline)
         self._learner = LearnerSeat()
         self._step = ledger.trained_step()  # the last step that was granted
@@ -68,7 +69,6 @@ class Coordinator:
         self._evaluation: asyncio.Task[None] | None = None
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
-        self._may_load = asyncio.Event()
         self._recovered = asyncio.Event()
         self.done = asyncio.Event()
         pipeline.on_loss = lambda member, cause: recorder.event("lost", f"{member.name}: {cause}")
@@ -84,7 +84,7 @@ class Coordinator:
             return
         self._started = True
         for member in self._pipeline.generation.members:
-            self._outcome.spawn(self._follow(member))
+            self._outcome.spawn(self._updates.follow(member))
         self._outcome.spawn(self._go_on() if self._resumed else self._begin())
 
     async def join(self, stage: str, caller: Caller, capacity: int) -> None:
@@ -93,22 +93,11 @@ class Coordinator:
         if member is None:
             return
         if stage == "generation":
-            await self._enter(member)
+            await self._updates.enter(member)
+            if self._started:
+                self._outcome.spawn(self._updates.follow(member))
         self._recorder.event("joined", caller.name)
         await self._changed_pools()
-
-    async def _enter(self, member: Member) -> None:
-        member.behind = True
-        try:
-            version = await member.caller.ask("policy_version", timeout_s=self._settings.sync_timeout_s)
-        except DistrlError as error:
-            await self._pipeline.generation.lose(member, str(error))
-            return
-        self._set_version(member, version)
-        # Before the first evaluation is over nobody loads anything.
-        member.behind = self._may_load.is_set() and version != self._versions.published.version
-        if self._started:
-            self._outcome.spawn(self._follow(member))
 
     async def leave(self, name: str, cause: str) -> None:
         """A process is gone, or about to be ended; calls that it still has fail and are made again elsewhere."""
@@ -153,8 +142,9 @@ class Coordinator:
         self._recovered.set()
         self._dispatcher.issuing = True
         self._dispatcher.issue()
+        await self._outcome.notify()
         await self._evaluate("before", self._prompts.heldout)
-        self._may_load.set()
+        self._updates.may_load.set()
 
     async def _hear_of_learner(self) -> None:
         """The learner lives and holds the newest weights: what a restarted coordinator waits for."""
@@ -163,11 +153,10 @@ class Coordinator:
         self._resumed = False
         evaluated = {row["name"] for row in self._ledger.evaluations()}
         if self._versions.published.version == 0 and "before" not in evaluated:
+            self._updates.paused = False
             self._outcome.spawn(self._begin())
             return
-        self._may_load.set()
-        for member in self._pipeline.generation.members:
-            member.behind = member.version != self._versions.published.version
+        self._updates.begin_to_load()
         self._dispatcher.issuing = not self._stopping
         if self._versions.published.step == self._settings.steps and "after" not in evaluated:
             self._evaluation = self._outcome.spawn(self._finish())
@@ -198,10 +187,11 @@ class Coordinator:
 
     # Batches ----------------------------------------------------------------------------------------------------
 
-    async def next_batch(self, step: int, session: int | None = None) -> BatchGrant | None:
+    async def next_batch(self, step: int, session: int | None = None) -> BatchGrant | PublishAgain | None:
         """The batch of optimizer step number `step` (the first is 1), as soon as the contract allows it.
 
-        None when the run was asked to stop: the learner makes a checkpoint and ends. Asking for the step again that
+        Or the request to publish the newest weights again, where the policy store has lost them; None when the run was
+        asked to stop: the learner makes a checkpoint and ends. Asking for the step again that
         was granted last gives the same tickets: what the first answer referred to may be lost.
 
         Raises:
@@ -217,14 +207,20 @@ class Coordinator:
         async with self._outcome.changed:
             while not (batch := self._dispatcher.choose(self._step)) and not self._stopping:
                 self._outcome.check()
+                if self._updates.refill_wanted:
+                    break
                 await self._outcome.changed.wait()
                 self._learner.check(session)
         self._outcome.check()
         self._learner_waits_since = None
+        if (refill := self._updates.take_refill()) is not None:
+            return refill
         if self._stopping:
             return None
         last = max(batch, key=lambda f: f.stage_since_s)
-        self._waits.add(blame((began, self._clock()), last.timeline))
+        now = self._clock()
+        self._waits.add(blame((began, now), last.timeline))
+        self._ledger.record_wait(last.ticket.ticket_id, step, now - began)
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._dispatcher.issue()
@@ -265,6 +261,7 @@ class Coordinator:
         await self._outcome.wait_for(self._recovered)
         began_before = self._learner.starts > 0 or self._versions.has_past
         session = self._learner.sit(where)
+        self._updates.expect_nothing()
         await self._outcome.notify()  # a call of the process before may still wait for a batch
         checkpoint = self._ledger.last_checkpoint()
         self._recorder.event("learner", f"process {where.pid} on {where.host} begins")
@@ -280,13 +277,13 @@ class Coordinator:
         Telling it again changes nothing and gives the same number.
         """
         await self._hear(session)
-        if not self._ledger.tells(report.step, staleness_by_ticket):
-            self._ledger.mark_trained(report.step, staleness_by_ticket)
+        version = self._versions.trained(report.step, staleness_by_ticket)
+        if self._dispatcher.flights.has(staleness_by_ticket):
             trained = self._dispatcher.flights.trained(report.step, staleness_by_ticket)
             self._step = report.step
             rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
             self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
-        return self._versions.allocate(report.step)
+        return self._updates.expect(version)
 
     async def restored(self, step: int, session: int | None = None) -> int:
         """The learner holds the last checkpoint's weights; the version number to publish them under again.
@@ -305,19 +302,19 @@ class Coordinator:
         self._dispatcher.issuing = False
         self._resumed = True
         self._versions.go_back(version)
-        for member in self._pipeline.generation.members:
-            self._set_version(member, member.version)
+        self._updates.pause()
         returned = await self._dispatcher.roll_back(step)
         self._step = step
         self._recorder.event("rolled_back", f"to step {step}, {returned} trained tickets are ready again")
-        return self._versions.allocate(step)
+        return self._updates.expect(self._versions.allocate(step))
 
     async def published(self, version: int, step: int, manifest_sha256: str) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them."""
         await self._outcome.wait_for(self._recovered)
-        if version == self._versions.published.version:
+        if not self._updates.arrived(version):
             await self._hear_of_learner()
-            return  # told before, and the answer was lost
+            await self._outcome.notify()
+            return
         self._versions.publish(version, manifest_sha256)
         self._dispatcher.flights.release()
         every = self._settings.evaluate_every_steps
@@ -347,45 +344,6 @@ class Coordinator:
                 self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}")
             else:
                 self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}")
-
-    # Weights ----------------------------------------------------------------------------------------------------
-
-    def _set_version(self, member: Member, version: int) -> None:
-        member.version, member.step = version, self._versions.step_of(version)
-
-    async def _follow(self, member: Member) -> None:
-        """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound."""
-        failures = 0
-        await self._may_load.wait()
-        pool = self._pipeline.generation
-        while True:
-            async with self._outcome.changed:
-                while member in pool.members and (self._resumed or member.version == self._versions.published.version):
-                    await self._outcome.changed.wait()
-            if member not in pool.members:
-                return
-            target = self._versions.published
-            try:
-                receipt: LoadReceipt = await member.caller.ask(
-                    "pull", target.version, timeout_s=self._settings.sync_timeout_s
-                )
-            except WorkerLostError as error:
-                await self._pipeline.lose(pool, member, str(error))
-                return
-            except DistrlError as error:
-                failures += 1
-                self._recorder.event("failed_call", f"{member.name} pulling version {target.version}: {error}")
-                if failures >= self._settings.call_attempts:
-                    raise DeadlineError(
-                        f"{member.name} must load policy version {target.version} in at most "
-                        f"{self._settings.call_attempts} attempts; the last error was: {error}"
-                    ) from error
-                continue
-            failures = 0
-            self._set_version(member, receipt.version)
-            member.behind = False
-            self._recorder.load(member.name, receipt)
-            await pool.changed()
 
     # Evaluation -------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
 from actors.waits import Stopwatch
 from distrl.errors import DistrlError, RunError
-from distrl.ledger import JournalledTicket, Ledger
+from distrl.ledger import Draw, JournalledTicket, Ledger
 from distrl.schema import Role
 from distrl.seeding import Purpose
-from distrl.tickets import DropReason, Ticket
+from distrl.tickets import DropReason, ReturnCause, Ticket
 
 
 class Dispatcher:
@@ -53,7 +53,7 @@ class Dispatcher:
         )
         self.held = Stopwatch(clock)
         """While generation is idle because only the learner's progress allows to issue more."""
-        self._again: deque[tuple[int, str]] = deque()  # issued before, and to be sampled again
+        self._again: deque[Draw] = deque()  # issued before, and to be sampled again
         self._drops_in_a_row = 0
         pipeline.generation.on_change(self.issue)
         pipeline.on_failure = self._count_failure
@@ -76,7 +76,7 @@ class Dispatcher:
         Returns:
             How many tickets that were trained are ready again.
         """
-        for flight in self.flights.under_way.values():
+        for flight in (*self.flights.under_way.values(), *self.flights.granted.values()):
             flight.oldest_step = min(flight.oldest_step, self._versions.step_of(flight.oldest_version))
         returned = [await self._read_back(kept) for kept in self._ledger.roll_back(step)]
         self.flights.roll_back(step, returned)
@@ -84,13 +84,14 @@ class Dispatcher:
 
     async def refresh(self, flights: list[Flight]) -> None:
         """Takes the columns of ready tickets from the journal again; the ones that they had may be lost."""
-        kept = {k.ticket_id: k for k in self._ledger.ready_tickets()}
-        for flight in flights:
-            ticket = kept[flight.ticket.ticket_id]
+        kept = self._ledger.journalled(flight.ticket.ticket_id for flight in flights)
+        for flight, ticket in zip(sorted(flights, key=lambda f: f.ticket.ticket_id), kept, strict=True):
             await self._pipeline.read_back(flight, ticket.journal_file, ticket.journal_sha256)
 
     async def _read_back(self, kept: JournalledTicket) -> Flight:
-        flight = self._flight(kept.ticket_id, kept.prompt_id, self._versions.step_of(kept.oldest_version))
+        flight = self._flight(
+            Draw(kept.ticket_id, kept.prompt_id, kept.redraw), self._versions.step_of(kept.oldest_version)
+        )
         flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
         flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
         await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
@@ -108,20 +109,21 @@ class Dispatcher:
             member = self._pipeline.generation.take(settings.group_size, at_least(oldest_step))
             if member is None:
                 break
-            self._launch(member, *(self._again.popleft() if self._again else self._draw()))
+            self._launch(member, self._again.popleft() if self._again else self._draw())
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self.held.set(held and self._pipeline.generation.busy == 0)
 
-    def _draw(self) -> tuple[int, str]:
+    def _draw(self) -> Draw:
         return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
 
-    def _launch(self, member: Member, ticket_id: int, prompt_id: str) -> None:
-        flight = self._flight(ticket_id, prompt_id, oldest_step=member.step)
+    def _launch(self, member: Member, draw: Draw) -> None:
+        flight = self._flight(draw, oldest_step=member.step)
         flight.oldest_version = member.version
         self.flights.add(flight)
         self._outcome.spawn(self._carry(flight, member))
 
-    def _flight(self, ticket_id: int, prompt_id: str, oldest_step: int) -> Flight:
+    def _flight(self, draw: Draw, oldest_step: int) -> Flight:
+        ticket_id, prompt_id, redraw = draw
         problem = self._prompts.draw(ticket_id)
         if problem.prompt_id != prompt_id:
             raise RunError(
@@ -130,12 +132,12 @@ class Dispatcher:
             )
         ticket = Ticket(
             ticket_id=ticket_id,
-            redraw=0,
+            redraw=redraw,
             prompt_id=prompt_id,
             prompt=problem.prompt,
             role=Role.POLICY,
             group_size=self._settings.group_size,
-            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, 0),
+            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
             messages=problem.messages,
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
@@ -152,8 +154,7 @@ class Dispatcher:
             self.flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
                 ticket_id,
-                oldest_version=receipt.oldest_version,
-                newest_version=receipt.newest_version,
+                versions=receipt.versions,
                 rollouts=receipt.rollouts,
                 response_tokens=receipt.response_tokens,
             )
@@ -165,7 +166,7 @@ class Dispatcher:
             self._count_drop(error)
         except DataLostError as error:
             self._count_failure(flight, error)
-            self.sample_again(flight)
+            self.sample_again(flight, ReturnCause.DATA_LOST)
         else:
             self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
             self.flights.ready(flight, self._clock())
@@ -173,11 +174,10 @@ class Dispatcher:
         self.issue()
         await self._outcome.notify()
 
-    def sample_again(self, flight: Flight) -> None:
-        """What was sampled for a ticket is lost or of no use: it is issued again."""
+    def sample_again(self, flight: Flight, cause: ReturnCause) -> None:
+        """What was sampled for a ticket is lost or of no use: it is issued again, with the same noise."""
         self.flights.remove(flight)
-        self._ledger.return_ticket(flight.ticket.ticket_id)
-        self._again.append((flight.ticket.ticket_id, flight.ticket.prompt_id))
+        self._again.append(self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=False))
 
     def drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
         self.flights.remove(flight)
@@ -198,16 +198,17 @@ class Dispatcher:
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
         self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
         if flight.ticket.role == Role.POLICY:
-            self._ledger.count_attempt(flight.ticket.ticket_id)
+            self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 
     def choose(self, step: int) -> list[Flight]:
         """The batch of the step from learner step `step`, in the order of ticket ids; empty: not yet."""
         batch = self.flights.choose(step)
         if not batch and (hopeless := self.flights.hopeless(step)):
             for flight in hopeless:
-                self.sample_again(flight)
+                self.sample_again(flight, ReturnCause.ABANDONED_BRANCH)
             self._recorder.event("returned", f"{len(hopeless)} tickets of a branch that was left are sampled again")
             self.issue()
+            batch = self.flights.choose(step)
         return batch
 
 

@@ -82,6 +82,10 @@ class Flights:
             batch = self._admission.choose(outstanding, step).batch
         return [self.under_way[i] for i in batch]
 
+    def has(self, ticket_ids: Iterable[int]) -> bool:
+        """Whether these tickets are under way or in the learner's hands."""
+        return all(i in self.granted or i in self.under_way for i in ticket_ids)
+
     def hopeless(self, step: int) -> list[Flight]:
         """Ready tickets that can no longer be trained within the bound; see `Admission.hopeless`."""
         if self._on_stale == "keep":

@@ -2,22 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import ray
 
 from distrl.errors import PolicyError
 from distrl.manifest import unpack
-from distrl.messages import Chunk, GenerationReceipt, LoadReceipt, Manifest
-from distrl.sampling import Engine, Sample, SampleRequest, SamplingParams
+from distrl.messages import Chunk, Content, GenerationReceipt, Layout, LoadReceipt, Manifest
+from distrl.sampling import Engine, LoadReport, Sample, SampleRequest, SamplingParams
 from distrl.schema import Stage, record_batch
 from distrl.tasks.problem import Message
 from distrl.tickets import Ticket
 
-Fetch = Callable[[int], Awaitable[tuple[Manifest, list[Chunk]]]]
-"""Gets a published version from the policy store: its manifest and the bytes."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Fetch = Callable[[int, Mapping[str, Content]], Awaitable[tuple[Manifest, Layout, Sequence[Chunk]]]]
+"""Gets a published version from the policy store, without the tensors that are here already (by name): its manifest
+and the bytes. Has a deadline of its own."""
 
 
 class Text(Protocol):
@@ -55,6 +59,7 @@ class Generation:
         self._fetch = fetch
         self._clock = clock
         self._loading = asyncio.Lock()
+        self._have: Mapping[str, Content] = {}  # what the engine holds, as far as it came from the store
 
     @ray.method(num_returns=2)
     async def generate(self, ticket: Ticket) -> tuple[GenerationReceipt, pa.RecordBatch]:
@@ -73,8 +78,7 @@ class Generation:
             ticket_id=ticket.ticket_id,
             rollouts=len(samples),
             response_tokens=sum(len(s.token_ids) for s in samples),
-            oldest_version=min(s.versions[0] for s in samples),
-            newest_version=max(s.versions[-1] for s in samples),
+            versions=tuple(sorted({v for s in samples for v in s.versions})),
             bytes=batch.nbytes,
             started_s=started_s,
             finished_s=self._clock(),
@@ -113,19 +117,46 @@ class Generation:
     async def pull(self, version: int) -> LoadReceipt:
         """Fetches and verifies a published version while sampling goes on, then loads it between two decode steps.
 
+        Only tensors that differ from those of the last pull are fetched, where the engine can load some alone.
+
         Raises:
             PolicyError: the store does not have it, its bytes are damaged, or a tensor does not fit; the old
-                weights stay.
+                weights stay, and the message says which. DeadlineError: the store was not quick enough.
         """
         async with self._loading:
             began = self._clock()
-            manifest, chunks = await self._fetch(version)
-            if manifest.version != version:
-                raise PolicyError(f"{self._name} asked for policy version {version}, got {manifest.version}")
-            tensors = await asyncio.to_thread(unpack, manifest, chunks)
-            fetched = self._clock()
-            report = await self._engine.load(version, tensors)
-            return LoadReceipt(version, fetched - began, report.pause_s, report.sequences_in_flight)
+            try:
+                manifest, tensors = await self._verified(version)
+                fetched = self._clock()
+                report = await self._load(version, tensors)
+            except PolicyError as error:
+                raise type(error)(f"{self._name} keeps policy version {self._engine.version}: {error}") from error
+            if self._engine.loads_changes:
+                self._have = {entry.name: entry.content for entry in manifest.tensors}
+            moved = sum(tensor.nbytes for tensor in tensors.values())
+            return LoadReceipt(
+                version, fetched - began, report.pause_s, report.sequences_in_flight, moved, len(tensors)
+            )
+
+    async def _verified(self, version: int) -> tuple[Manifest, "dict[str, Tensor]"]:
+        manifest, layout, chunks = await self._fetch(version, self._have)
+        if manifest.version != version:
+            raise PolicyError(f"policy version {version} was asked for, got {manifest.version}")
+        # A name that is no longer published would stay as it is in the engine; a whole load refuses it by name.
+        if not self._have.keys() <= {entry.name for entry in manifest.tensors}:
+            self._have = {}
+            manifest, layout, chunks = await self._fetch(version, self._have)
+        return manifest, await asyncio.to_thread(unpack, manifest, layout, chunks)
+
+    async def _load(self, version: int, tensors: "dict[str, Tensor]") -> LoadReport:
+        changed_only = bool(self._have)
+        try:
+            return await self._engine.load(version, tensors, changed_only=changed_only)
+        except PolicyError:
+            raise  # refused as a whole
+        except BaseException:
+            self._have = {}  # how far the engine got is not known: the next pull is of everything
+            raise
 
     @ray.method
     async def policy_version(self) -> int:

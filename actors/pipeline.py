@@ -11,7 +11,7 @@ from actors.calls import Caller, DataLostError, WorkerLostError
 from actors.coalescer import Coalescer
 from actors.flight import Flight
 from actors.pool import Member, Pool, unsuspected
-from distrl.errors import DistrlError, RunError
+from distrl.errors import DistrlError, RunError, StageError
 from distrl.messages import GenerationReceipt, JournalReceipt
 from distrl.tickets import DropReason
 
@@ -251,14 +251,14 @@ class Pipeline:
             await pool.lose(member, cause)
             self.on_loss(member, cause)
 
-    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades], Any]:
+    async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
         async with self._judge(self.grading, member, jobs):
             receipt, batch = await member.caller.batch(
                 "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
             )
-        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, strict=True)
-        return [Grades(*row) for row in rows], batch
+        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
+        return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
         assert self.reference is not None

@@ -1,5 +1,7 @@
 """The policy versions of a run as the coordinator sees them: the tree, and which one is in use."""
 
+from collections.abc import Mapping
+
 from distrl.ledger import Ledger
 from distrl.staleness import Version, staleness
 
@@ -24,9 +26,15 @@ class PolicyVersions:
     def allocate(self, step: int) -> int:
         """A number for the weights after `step` steps that the learner made from the published ones."""
         parent = self.published.version
-        pending = self._ledger.unpublished(parent, step)
-        version = self._ledger.allocate_version(parent, step) if pending is None else pending
+        version = self._ledger.allocate_version(parent, step)
         self._tree[version] = Version(version, parent, step)
+        return version
+
+    def trained(self, step: int, staleness_by_ticket: Mapping[int, int]) -> int:
+        """The learner did a step on the published weights; the number of the version that it made."""
+        parent = self.published.version
+        version = self._ledger.mark_trained(step, staleness_by_ticket, parent)
+        self._tree.setdefault(version, Version(version, parent, step))
         return version
 
     def publish(self, version: int, manifest_sha256: str) -> None:

@@ -23,10 +23,10 @@ class Recorder:
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
+        self._next = 0 if path is None else _take_up(path)
         self._file = None if path is None else path.open("a", buffering=1)
         self._clock = clock
         self._records: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        self._next = 0
 
     def close(self) -> None:
         if self._file is not None:
@@ -66,3 +66,16 @@ class Recorder:
         self._records.append(record)
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
+
+
+def _take_up(path: Path) -> int:
+    """The number after the file's last record; half a record that a crash left at its end is removed."""
+    if not path.exists():
+        return 0
+    last, end = b"", 0
+    with path.open("r+b") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                last, end = line, end + len(line)
+        file.truncate(end)
+    return int(json.loads(last)["number"]) + 1 if last else 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from actors.updates import UpdateLimits
 from distrl.staleness import Admission
 from distrl.tasks.problem import Problem
 
@@ -16,8 +17,7 @@ class CoordinatorSettings:
     group_size: int
     admission: Admission
     on_stale: str
-    call_attempts: int
-    sync_timeout_s: float
+    updates: UpdateLimits
     ready_bytes: int
     drops_in_a_row: int
     evaluate_every_steps: int

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from distrl.config import Config
 from distrl.errors import ConfigError
+from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
+from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
-from distrl.rewards import check_columns, make_grader
 from distrl.tasks import Task, load_task
 
 PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
@@ -18,7 +19,7 @@ PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
 class RunPlan:
     """What follows from a config."""
 
-    grader: str
+    graders: Graders
     scores_reference: bool
     recipe: Recipe
     train_problems: int
@@ -47,11 +48,9 @@ def check_run(config: Config) -> RunPlan:
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
-    grader = _check_grader(config, task)
+    graders = check_graders(config, task)
     recipe = build_recipe(config)
-    # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
-    lowest_reward = None if ":" in grader else 0.0
-    check(recipe, lowest_reward=lowest_reward, group_size=config.rollout.group_size, produced=PRODUCED)
+    check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=PRODUCED)
     check_heldout(config, task)
     scores_reference = "reference" in required_columns(recipe)
     if config.reference.path is not None and not scores_reference:
@@ -63,7 +62,7 @@ def check_run(config: Config) -> RunPlan:
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
     return RunPlan(
-        grader, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
+        graders, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
     )
 
 
@@ -88,17 +87,25 @@ def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") 
     )
 
 
-def _check_grader(config: Config, task: Task) -> str:
-    """Name of the run's grader."""
-    grader = config.reward.grader or task.default_reward
-    if config.data.answer_key == "" and ":" not in grader:
-        raise ConfigError(
-            f"reward.grader must be a function of your own where data.answer_key is '' and there are no answers, got "
-            f"{grader!r}; set it to module:function, or name the column of the answers in data.answer_key"
-        )
-    make_grader(grader)
-    check_columns(grader, task.heldout[0])
-    return grader
+def check_graders(config: Config, task: Task) -> Graders:
+    """The run's graders by name.
+
+    Raises:
+        ConfigError: one is unknown, has options that do not suit it, or needs what the data lacks.
+    """
+    graders = chosen_graders(config.reward.grader, config.reward.graders, task.default_reward)
+    for name, one in graders.items():
+        setting = f"reward.graders.{name}.grader" if config.reward.graders else "reward.grader"
+        target = one.named(name)
+        known = BUILT_IN.get(target)
+        if config.data.answer_key == "" and known is not None and known.needs_answer:
+            raise ConfigError(
+                f"{setting} must be a function of your own where data.answer_key is '' and there are no answers, got "
+                f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
+            )
+        check_options(target, one.options, setting=setting)
+        check_columns(target, task.heldout[0], setting=setting)
+    return graders
 
 
 def check_heldout(config: Config, task: Task) -> None:
@@ -144,7 +151,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"staleness {age}",
         f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "
         f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}",
-        f"grades    {c.grading.actors} grading actor(s), {plan.grader}, {c.grading.concurrency} tickets at a time each",
+        f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
+        "a time each",
         f"scores    {reference}",
         f"learns    1 learner, AdamW at {c.train.learning_rate:g}, a checkpoint every {c.train.checkpoint_every_steps} "
         "steps",

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
+from deploy.commands.audit import audit
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
@@ -122,6 +123,7 @@ def report(run: RunPath, as_json: Json = False) -> None:
         typer.echo(f"missing: {note}")
 
 
+app.command()(audit)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(init)

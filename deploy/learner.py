@@ -5,20 +5,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.calls import unwrap
+from deploy.publisher import Publisher
 from deploy.remote.located import whereabouts
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.errors import DeadlineError, DistrlError, RunError
-from distrl.messages import BatchGrant, Chunk, LearnerStart, Manifest, StepReport, TicketGrant, Whereabouts
+from distrl.messages import BatchGrant, LearnerStart, Manifest, PublishAgain, StepReport, TicketGrant, Whereabouts
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
 from learners.loop import LoopSettings, Stages, Trainer, World, train
 from learners.optimizer import OptimizerSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESOURCE = "distrl_learner"
 """A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""
@@ -39,7 +43,7 @@ class RayLink:
 
     def __init__(self, coordinator: Any, store: Any, timeout_s: float, outage_s: float) -> None:
         self._coordinator = coordinator
-        self._store = store
+        self._publisher = Publisher(store, timeout_s)
         self._timeout_s = timeout_s
         self._outage_s = outage_s
         self._session = 0
@@ -54,13 +58,13 @@ class RayLink:
         """The run cannot go on with this learner or another one."""
         self._get(lambda: self._coordinator.learner_failed.remote(cause), "learner_failed")
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
         while True:
-            grant: BatchGrant | None = self._get(
+            grant: BatchGrant | PublishAgain | None = self._get(
                 lambda: self._coordinator.next_batch.remote(step, self._session), "next_batch", None
             )
-            if grant is None:
-                return None
+            if grant is None or isinstance(grant, PublishAgain):
+                return grant
             try:
                 tickets = [self._read(ticket) for ticket in grant.tickets]
             except ray.exceptions.ObjectLostError:
@@ -79,12 +83,11 @@ class RayLink:
     def restored(self, state: TrainState) -> int:
         return int(self._get(lambda: self._coordinator.restored.remote(state.step, self._session), "restored"))
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        sent = [self._store.add_chunk.remote(manifest.version, i, chunk) for i, chunk in enumerate(chunks)]
-        self._get(lambda: sent, "add_chunk")
-        self._get(lambda: self._store.publish.remote(manifest), "publish")
+    def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
+        self._publisher.publish(manifest, tensors, whole=again)
         self._get(
-            lambda: self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256), "published"
+            lambda: self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256),
+            f"published, of policy version {manifest.version},",
         )
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:

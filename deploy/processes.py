@@ -92,7 +92,7 @@ class RayProcesses:
             case "generation":
                 return self._make(GenerationActor, options, self._config, name, self.store)
             case "grading":
-                return self._make(GradingActor, options, self._config, self._plan.grader, os.getcwd())
+                return self._make(GradingActor, options, self._config, self._plan.graders, os.getcwd())
             case "reference":
                 return self._make(ReferenceActor, options, self._config)
         raise RunError(f"a process of a stage must be one of generation, grading and reference, got {stage}")

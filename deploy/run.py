@@ -12,7 +12,7 @@ from deploy.learner import RayTrainGroup
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
-from deploy.run_state import RunState, claim, read_state, write_state
+from deploy.run_state import RunState, claim, read_state, release
 from deploy.start import log_directory, start_ray
 from deploy.summary import summarize
 from deploy.supervisor import Supervisor
@@ -66,7 +66,7 @@ def resume_training(path: Path, progress: Progress | None = None) -> dict[str, A
 
 def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> dict[str, Any]:
     began = time.time()
-    claim(run_dir)
+    lock = claim(run_dir)
     outcome = RunState.FAILED
     try:
         with progress:
@@ -85,7 +85,7 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> 
             write_json(run_dir.summary, summary)
             progress.finish(summary, run_dir.path)
     finally:
-        write_state(run_dir, outcome)
+        release(run_dir, lock, outcome)
     return summary
 
 

@@ -48,6 +48,11 @@ class RunDir:
         return self.path / "processes.json"
 
     @property
+    def lock(self) -> Path:
+        """Locked by the driver while it runs the run."""
+        return self.path / "lock"
+
+    @property
     def stop_request(self) -> Path:
         """A file that asks the run to stop; see `distrl stop`."""
         return self.path / "stop"

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrl.errors import ConfigError
+from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams
 from distrl.staleness import Admission
@@ -52,8 +53,15 @@ class RewardConfig(_Section):
     """How a response is graded."""
 
     grader: str | None = None
-    """`exact`, `numeric`, `math_verify`, `reasoning_gym` or `module:function`, a function of the form
-    (response, answer, metadata) or a reward function of TRL; empty takes the one that fits the data source."""
+    """The only grader: `exact`, `numeric`, `math_verify`, `reasoning_gym`, `regex`, `json_schema`, `format`, `length`,
+    `overlong`, or `module:function` (docs/grading.md has the forms); empty takes the one that fits the data source."""
+    graders: dict[str, GraderConfig] = {}
+    """Several graders by name, combined by weights, or one with limits and options of its own; empty is `grader`."""
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> "RewardConfig":
+        check_names(self.graders, self.grader)
+        return self
 
 
 class RolloutConfig(_Section):
@@ -169,7 +177,7 @@ class LimitsConfig(_Section):
     sync_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one attempt of a generation actor to load a published version may take."""
     publish_timeout_s: float = Field(120.0, gt=0)
-    """Seconds that one call of the learner to the coordinator or the policy store may take."""
+    """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
     """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
     liveness_timeout_s: float = Field(60.0, gt=0)

@@ -80,9 +80,16 @@ class Engine(Protocol):
         """The request's responses, in order of their index."""
         ...
 
-    async def load(self, version: int, tensors: Mapping[str, "Tensor"]) -> LoadReport:
-        """Replace all weights between two decode steps; requests in flight are kept and go on.
+    @property
+    def loads_changes(self) -> bool:
+        """Whether `load` takes some tensors alone; where it does not, all of them are fetched for every version."""
+        ...
 
+    async def load(self, version: int, tensors: Mapping[str, "Tensor"], *, changed_only: bool = False) -> LoadReport:
+        """Replace weights between two decode steps; requests in flight are kept and go on.
+
+        Args:
+            changed_only: `tensors` may lack those that are the same as in the loaded version.
         Raises:
             PolicyError: a tensor is missing, unknown or misshapen; the old weights stay.
         """

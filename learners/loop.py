@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distrl.errors import RunError
 from distrl.logps import logps_and_entropy, response_logps
-from distrl.manifest import pack
-from distrl.messages import Chunk, Manifest, StepReport
+from distrl.manifest import describe
+from distrl.messages import Manifest, PublishAgain, StepReport
 from distrl.objectives import Batch, Recipe, combine, evaluate, prepare
 from distrl.weights import policy_tensors
 from learners.batches import TrainingBatch, micro_batches, training_batch
@@ -27,8 +27,11 @@ Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
 class RunLink(Protocol):
     """What the loop asks of the rest of the run; every call has a deadline."""
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | None:
-        """The tickets of a step, in order, and the staleness of each by ticket id; None to stop."""
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
+        """The tickets of a step, in order, and the staleness of each by ticket id; None to stop.
+
+        While the loop waits here its weights are those that it published last, so it may be asked for them again.
+        """
         ...
 
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
@@ -39,8 +42,12 @@ class RunLink(Protocol):
         """A checkpoint was loaded; the version number to publish its weights under again."""
         ...
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        """Hands a version to the policy store and tells the run."""
+    def publish(self, manifest: Manifest, tensors: Mapping[str, Tensor], *, again: bool = False) -> None:
+        """Hands a version to the policy store and tells the run; `tensors` do not change until it returns.
+
+        Args:
+            again: the version is published, and the store has lost or damaged it.
+        """
         ...
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
@@ -139,9 +146,9 @@ class Trainer:
     def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
         return training_batch(tickets, self._tokenizer.pad_token_id or 0)
 
-    def publish(self, link: RunLink, version: int, step: int) -> None:
-        manifest, chunks = pack(policy_tensors(self._model), version=version, step=step)
-        link.publish(manifest, chunks)
+    def publish(self, link: RunLink, version: int, step: int, *, again: bool = False) -> None:
+        tensors = policy_tensors(self._model)
+        link.publish(describe(tensors, version=version, step=step), tensors, again=again)
 
     def checkpoint(self, link: RunLink, state: TrainState) -> int:
         """Saves and commits a checkpoint; its step."""
@@ -184,7 +191,8 @@ def train(
         trainer.publish(link, version, done)
     for step in range(done + 1, settings.steps + 1):
         began = clock()
-        batch = link.next_batch(step)
+        while isinstance(batch := link.next_batch(step), PublishAgain):
+            trainer.publish(link, batch.version, batch.step, again=True)
         if batch is None:
             break
         tickets, staleness = batch

@@ -7,6 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from distrl.graders.grade import Grader
+from distrl.graders.limited import LimitedGrader, Limits
+from distrl.graders.thread import ThreadPool
 from distrl.schema import SCHEMAS, Role, Stage, record_batch
 from distrl.tickets import Ticket
 
@@ -119,3 +122,8 @@ def _number(rollout_id: str) -> float:
     """Another number for each rollout: p12.0.3 is 12 + 3/8, which is exact in float32."""
     ticket, _, index = rollout_id[1:].split(".")
     return int(ticket) + int(index) / 8
+
+
+def threaded(name: str, grader: Grader, timeout_s: float = DEADLINE_S, **limits: Any) -> LimitedGrader:
+    """A plain grader as the grading stage calls it."""
+    return LimitedGrader(name, ThreadPool(name, grader), Limits(timeout_s, **limits))

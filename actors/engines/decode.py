@@ -85,12 +85,13 @@ class Decoder:
         if rows:
             self._rows.release(rows)
 
-    def check(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def check(self, version: int, tensors: Mapping[str, Tensor], *, changed_only: bool) -> None:
         """Raise PolicyError where `load` would for the tensors' sake; reads no weights, so any thread may call it."""
-        check_policy(version, self._policy, tensors)
+        check_policy(version, self._policy, tensors, changed_only=changed_only)
 
     def load(self, version: int, tensors: Mapping[str, Tensor]) -> LoadReport:
-        """Replace the weights and keep the cache: the next tokens see keys and values of older versions.
+        """Replace weights, what `tensors` lacks stays, and keep the cache: the next tokens see keys and values of
+        older versions.
 
         Raises:
             PolicyError: `version` is older than the one that is loaded; the old weights stay.

@@ -105,14 +105,18 @@ class FakeEngine:
         # In [-4, 0), where log-probabilities of a trained policy mostly are.
         return int.from_bytes(digest[:4]) % self._vocabulary_size, -int.from_bytes(digest[4:]) / 2**30 - 2**-33
 
-    async def load(self, version: int, tensors: "Mapping[str, Tensor]") -> LoadReport:
+    @property
+    def loads_changes(self) -> bool:
+        return True
+
+    async def load(self, version: int, tensors: "Mapping[str, Tensor]", *, changed_only: bool = False) -> LoadReport:
         """
         Raises:
             PolicyError: a tensor does not fit `policy`, or the version is older than the loaded one.
             StageError: the engine is closed.
         """
         if self._policy is not None:
-            check_policy(version, self._policy, tensors)
+            check_policy(version, self._policy, tensors, changed_only=changed_only)
         self._refuse_if_closed()
         check_newer(version, self._version)
         self._version = version

@@ -149,16 +149,22 @@ class TransformersEngine:
                 self._ask(None, cancel)
             raise
 
-    async def load(self, version: int, tensors: Mapping[str, Tensor]) -> LoadReport:
-        """Replace all weights between two decode steps; `tensors` must not change until this returns.
+    @property
+    def loads_changes(self) -> bool:
+        return True
 
+    async def load(self, version: int, tensors: Mapping[str, Tensor], *, changed_only: bool = False) -> LoadReport:
+        """Replace weights between two decode steps; `tensors` must not change until this returns.
+
+        Args:
+            changed_only: what `tensors` lacks stays as it is.
         Raises:
             PolicyError: a tensor is missing, unknown or misshapen, or the version is older than the loaded one; the old
                 weights stay.
             StageError: the engine has stopped.
         """
         # Here rather than in the thread, which goes on sampling meanwhile.
-        self._decoder.check(version, tensors)
+        self._decoder.check(version, tensors, changed_only=changed_only)
         reply: _Reply[LoadReport] = _Reply()
 
         def load() -> None:

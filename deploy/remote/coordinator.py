@@ -9,6 +9,7 @@ from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
+from actors.updates import UpdateLimits
 from deploy.remote.located import Located
 from deploy.run_dir import RunDir
 from distrl.config import Config
@@ -97,8 +98,12 @@ def coordinator_settings(config: Config) -> CoordinatorSettings:
         group_size=config.rollout.group_size,
         admission=config.admission,
         on_stale=config.train.on_stale,
-        call_attempts=config.limits.call_attempts,
-        sync_timeout_s=config.limits.sync_timeout_s,
+        updates=UpdateLimits(
+            attempts=config.limits.call_attempts,
+            retry_delay_s=config.limits.retry_delay_s,
+            sync_timeout_s=config.limits.sync_timeout_s,
+            publish_timeout_s=config.limits.publish_timeout_s,
+        ),
         ready_bytes=config.limits.ready_bytes,
         drops_in_a_row=config.limits.drops_in_a_row,
         evaluate_every_steps=config.evaluation.every_steps,

@@ -1,17 +1,19 @@
 """The generation actor."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 
-from actors.calls import RayCaller, unwrap
+from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_engine
-from actors.generation import Generation
+from actors.generation import Fetch, Generation
 from deploy.remote.located import Located
 from distrl.config import Config
-from distrl.messages import Chunk, Manifest
+from distrl.errors import DeadlineError, LostWeightsError
+from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer
 from distrl.prompts import PromptEncoder
 from distrl.tasks.problem import Message
@@ -21,20 +23,40 @@ class GenerationActor(Generation, Located):
     """`Generation` with the engine that the config names."""
 
     def __init__(self, config: Config, name: str, store: Any) -> None:
-        caller = RayCaller("policy-store", store)
-
-        async def fetch(version: int) -> tuple[Manifest, list[Chunk]]:
-            timeout_s = config.limits.sync_timeout_s
-            manifest, refs = await caller.ask("fetch", version, timeout_s=timeout_s)
-            try:
-                return manifest, [await ref for ref in refs]
-            except ray.exceptions.RayTaskError as error:
-                raise unwrap(error, f"{name} fetching policy version {version}") from error
-
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
         engine = build_engine(config, tokenizer)
-        super().__init__(name, engine, ModelText(tokenizer), config.sampling, fetch)
+        super().__init__(
+            name, engine, ModelText(tokenizer), config.sampling, store_fetch(name, store, config.limits.sync_timeout_s)
+        )
+
+
+def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:
+    """How the generation actor `name` gets weights from the policy store's actor, in at most `timeout_s` seconds."""
+    caller = RayCaller("policy-store", store)
+
+    async def fetch(version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, list[Chunk]]:
+        what = f"{name} fetching policy version {version}"
+        try:
+            async with asyncio.timeout(timeout_s):
+                delivery: Delivery = await caller.ask("fetch", version, have, timeout_s=timeout_s)
+                references: Any = delivery.chunks
+                # One after the other: what is verified next is what came first, and the network is shared anyway.
+                return delivery.manifest, delivery.layout, [await reference for reference in references]
+        except (TimeoutError, ray.exceptions.GetTimeoutError):
+            raise DeadlineError(
+                f"{what} from policy-store must end within limits.sync_timeout_s = {timeout_s:g} s, it did not"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error, what) from error
+        except (ray.exceptions.RayError, WorkerLostError) as error:
+            # The store's process is gone, and with it the chunks that it owned.
+            raise LostWeightsError(
+                f"{what}: the policy store must have its chunks, it has lost them ({type(error).__name__}); "
+                "the learner has to publish it again"
+            ) from error
+
+    return fetch
 
 
 class ModelText:

@@ -395,3 +395,13 @@ def test_one_more_ticket_than_the_window_would_break_the_bound() -> None:
         outstanding = [Outstanding(i, 0, True) for i in range(admission.window + extra)]
         assert (len(outstanding) - 1) // admission.tickets_per_step == oldest
         assert bool(admission.choose(outstanding, 0).batch) == (extra == 0)
+
+
+def test_after_a_roll_back_the_tickets_that_no_order_trains_in_time_are_named() -> None:
+    # Two to a step, at step 10, bound 2: deadlines 8, 10, 10, 10, 12. The first is past; 1 and 2 go in the step from
+    # 10, so that 3, due then as well, is one too many; 4 has until 12.
+    outstanding = [Outstanding(i, oldest, ready=i % 2 == 0) for i, oldest in enumerate([6, 8, 8, 8, 10])]
+    assert Admission(2, 2).hopeless(outstanding, 10) == (0, 3)
+    kept = [t for t in outstanding if t.ticket_id not in (0, 3)]
+    assert Admission(2, 2).hopeless(kept, 10) == ()
+    assert Admission(2, 2).choose([Outstanding(t.ticket_id, t.oldest_step, True) for t in kept], 10).batch == (1, 2)

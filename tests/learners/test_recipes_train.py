@@ -13,8 +13,8 @@ import torch
 from actors.engines.transformers import TransformersEngine
 from deploy.check import PRODUCED
 from distrl.logps import pad_rollouts, response_logps, split_rows
-from distrl.manifest import unpack
-from distrl.messages import Chunk, Manifest, StepReport
+from distrl.manifest import cut, lay_out, unpack
+from distrl.messages import Manifest, StepReport
 from distrl.models import TinyArchitecture, load_model, load_tokenizer, make_tiny_model
 from distrl.objectives import build, recipe_names
 from distrl.sampling import Sample, SampleRequest, SamplingParams
@@ -93,8 +93,9 @@ class LocalLink:
     def restored(self, state: TrainState) -> int:
         raise AssertionError("nothing is restored here")
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        self._weights = (manifest.version, unpack(manifest, list(chunks)))
+    def publish(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], *, again: bool = False) -> None:
+        layout = lay_out(manifest.tensors)
+        self._weights = (manifest.version, unpack(manifest, layout, list(cut(tensors, layout))))
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
         self.checkpoints.append(state.step)

@@ -19,7 +19,7 @@ from deploy.run_dir import RunDir
 from deploy.start import start_ray
 from distrl.config import Config, make_config
 from distrl.errors import RunError
-from distrl.manifest import pack
+from distrl.manifest import describe
 from distrl.models import TinyArchitecture, load_model, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
@@ -123,7 +123,7 @@ def test_the_first_step_is_on_policy_by_its_importance_ratios(finished: Path) ->
 def test_an_export_holds_the_weights_of_the_last_published_version(finished: Path, tmp_path: Path) -> None:
     export(finished, "last", tmp_path / "exported")
     model = load_model(tmp_path / "exported", torch.float32)
-    manifest, _ = pack(policy_tensors(model), version=6, step=6)
+    manifest = describe(policy_tensors(model), version=6, step=6)
     # The hash over all tensors that generation verified before it loaded them: equal weights, equal log-probabilities.
     assert query(finished, "SELECT manifest_sha256 FROM versions ORDER BY version DESC LIMIT 1") == [(manifest.sha256,)]
 
