@@ -6,27 +6,30 @@ knows whether the stages are actors or objects in the same process.
 
 import asyncio
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from actors.calls import Caller
 from actors.crew import Crew
-from actors.dispatcher import Dispatcher, at_least
+from actors.dispatcher import Dispatcher
 from actors.evaluation import Evaluation, Evaluator
 from actors.flight import Flight
 from actors.learner_seat import LearnerSeat
 from actors.outcome import Outcome
 from actors.pipeline import Pipeline
 from actors.policy_versions import PolicyVersions
+from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
-from actors.updates import Updates
+from actors.updates import Unversioned, Updates
 from actors.waits import WaitReport, blame
 from distrl.errors import LedgerError, RunError
 from distrl.ledger import Ledger
 from distrl.messages import BatchGrant, LearnerStart, PublishAgain, StepReport, TicketGrant, Whereabouts
+from distrl.schema import Role
+from distrl.staleness import Version
 from distrl.tasks.problem import Problem
-from distrl.tickets import DropReason
+from distrl.tickets import POLICY_WEIGHTS, DropReason, weights_of
 
 
 class Coordinator:
@@ -59,6 +62,13 @@ class Coordinator:
             settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock
         )
         self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome)
+        # No weights of opponents are there before the first publication: engines start from the policy's.
+        self._opponent_weights = Unversioned(Version(0, None, 0))
+        self._opponents = Updates(
+            self._opponent_weights, pipeline, settings.updates, recorder, self._outcome, weights_of(Role.OPPONENT)
+        )
+        self._may_load = asyncio.Event()
+        """Set once the weights may change that sample for training."""
         self._crew = Crew(pipeline)
         self._learner = LearnerSeat()
         self._step = ledger.trained_step()  # the last step that was granted
@@ -83,8 +93,9 @@ class Coordinator:
         if self._started:
             return
         self._started = True
-        for member in self._pipeline.generation.members:
-            self._outcome.spawn(self._updates.follow(member))
+        for pool, updates, may_load in self._followed():
+            for member in pool.members:
+                self._outcome.spawn(updates.follow(pool, member, may_load))
         self._outcome.spawn(self._go_on() if self._resumed else self._begin())
 
     async def join(self, stage: str, caller: Caller, capacity: int) -> None:
@@ -92,18 +103,31 @@ class Coordinator:
         member = self._crew.add(stage, caller, capacity)
         if member is None:
             return
-        if stage == "generation":
-            await self._updates.enter(member)
-            if self._started:
-                self._outcome.spawn(self._updates.follow(member))
+        for pool, updates, may_load in self._followed():
+            if member in pool.members:
+                await updates.enter(pool, member, may_load)
+                if self._started:
+                    self._outcome.spawn(updates.follow(pool, member, may_load))
         self._recorder.event("joined", caller.name)
-        await self._changed_pools()
+        await self._crew.changed()
+
+    def _followed(self) -> Iterator[tuple[Pool, Updates, asyncio.Event]]:
+        """Pools whose members are kept at the newest weights, with what keeps them, and when they may load."""
+        pipeline = self._pipeline
+        yield pipeline.generation, self._updates, self._may_load
+        if (apart := pipeline.own_pools.get(Role.EVALUATION)) is not None:
+            yield apart, self._updates, self._evaluator.may_load
+        if self._settings.opponents:
+            yield pipeline.pool_of(Role.OPPONENT), self._opponents, self._may_load
+
+    def _policy_pools(self) -> list[Pool]:
+        return [pool for pool, updates, _ in self._followed() if updates is self._updates]
 
     async def leave(self, name: str, cause: str) -> None:
         """A process is gone, or about to be ended; calls that it still has fail and are made again elsewhere."""
         if await self._crew.remove(name):
             self._recorder.event("left", f"{name}: {cause}")
-            await self._changed_pools()
+            await self._crew.changed()
             await self._outcome.notify()  # whoever keeps it at the newest weights
 
     async def drain(self, name: str) -> None:
@@ -114,12 +138,6 @@ class Coordinator:
     async def note(self, kind: str, message: str) -> None:
         """Puts something that was seen elsewhere into the run's records."""
         self._recorder.event(kind, message)
-
-    async def _changed_pools(self) -> None:
-        await self._pipeline.generation.changed()
-        await self._pipeline.grading.changed()
-        if self._pipeline.reference is not None:
-            await self._pipeline.reference.changed()
 
     async def _go_on(self) -> None:
         """Takes up what an earlier process left: ready tickets from the journal, the others are sampled again.
@@ -138,13 +156,16 @@ class Coordinator:
             await self._hear_of_learner()  # it has nothing left to do, and may have ended
 
     async def _begin(self) -> None:
-        # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end.
+        # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end by those that
+        # sample for it.
         self._recovered.set()
         self._dispatcher.issuing = True
         self._dispatcher.issue()
         await self._outcome.notify()
+        if self._evaluator.apart:
+            self._may_load.set()
         await self._evaluate("before", self._prompts.heldout)
-        self._updates.may_load.set()
+        self._may_load.set()
 
     async def _hear_of_learner(self) -> None:
         """The learner lives and holds the newest weights: what a restarted coordinator waits for."""
@@ -156,7 +177,9 @@ class Coordinator:
             self._updates.paused = False
             self._outcome.spawn(self._begin())
             return
-        self._updates.begin_to_load()
+        self._may_load.set()
+        self._evaluator.may_load.set()
+        self._updates.begin_to_load(self._policy_pools())
         self._dispatcher.issuing = not self._stopping
         if self._versions.published.step == self._settings.steps and "after" not in evaluated:
             self._evaluation = self._outcome.spawn(self._finish())
@@ -251,7 +274,7 @@ class Coordinator:
     def _ticket_grant(self, flight: Flight) -> TicketGrant:
         # The step before may not be published yet; its weights are what this batch is trained on all the same.
         behind = (self._step - 1) - self._versions.published.step
-        age = self._versions.age(flight.oldest_version) + behind
+        age = self._versions.age(flight.versions) + behind
         return TicketGrant(flight.ticket.ticket_id, flight.generation, flight.grading, flight.reference, age)
 
     # The learner ------------------------------------------------------------------------------------------------
@@ -302,14 +325,23 @@ class Coordinator:
         self._dispatcher.issuing = False
         self._resumed = True
         self._versions.go_back(version)
-        self._updates.pause()
+        self._updates.pause(self._policy_pools())
         returned = await self._dispatcher.roll_back(step)
         self._step = step
         self._recorder.event("rolled_back", f"to step {step}, {returned} trained tickets are ready again")
         return self._updates.expect(self._versions.allocate(step))
 
-    async def published(self, version: int, step: int, manifest_sha256: str) -> None:
-        """The weights of `version` are in the policy store; generation actors are told to pull them."""
+    async def published(self, version: int, step: int, manifest_sha256: str, weights: str = POLICY_WEIGHTS) -> None:
+        """The weights of `version` are in the policy store; generation actors are told to pull them.
+
+        Args:
+            weights: whose; an opponent's version is that of the policy at which it was made.
+        """
+        if weights != POLICY_WEIGHTS:
+            if self._opponents.arrived(version):
+                self._opponent_weights.published = Version(version, None, step)
+            await self._outcome.notify()
+            return
         await self._outcome.wait_for(self._recovered)
         if not self._updates.arrived(version):
             await self._hear_of_learner()
@@ -324,7 +356,9 @@ class Coordinator:
             self._evaluation = self._outcome.spawn(self._finish())
         elif every and step % every == 0:
             # Synchronous training waits for the evaluation: otherwise its responses would depend on timing.
-            self._dispatcher.issuing = self._dispatcher.issuing and self._settings.admission.max_staleness > 0
+            shared = not self._evaluator.apart
+            issuing = self._dispatcher.issuing
+            self._dispatcher.issuing = issuing and (not shared or self._settings.admission.max_staleness > 0)
             self._evaluation = self._outcome.spawn(self._evaluate_during())
         await self._outcome.notify()
         self._dispatcher.issue()
@@ -353,8 +387,7 @@ class Coordinator:
         self._dispatcher.issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
-        step = self._versions.published.step
-        result: Evaluation = await self._evaluator.run(name, problems, step, at_least(step))
+        result: Evaluation = await self._evaluator.run(name, problems, self._versions.published.step)
         self._ledger.record_evaluation(result.row())
         self._recorder.evaluation(result.row())
 

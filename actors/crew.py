@@ -12,9 +12,10 @@ class Crew:
     """Who belongs to which pool."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self._pools = {"generation": pipeline.generation, "grading": pipeline.grading}
+        pools = [pipeline.generation, *pipeline.own_pools.values(), pipeline.grading]
         if pipeline.reference is not None:
-            self._pools["reference"] = pipeline.reference
+            pools.append(pipeline.reference)
+        self._pools = {pool.stage: pool for pool in pools}
 
     def find(self, name: str) -> tuple[Pool, Member] | None:
         for pool in self._pools.values():
@@ -48,6 +49,11 @@ class Crew:
                 await pool.remove(member)
                 known = True
         return known
+
+    async def changed(self) -> None:
+        """Wakes everybody who waits for a place."""
+        for pool in self._pools.values():
+            await pool.changed()
 
     def drain(self, name: str) -> None:
         """A process gets nothing new; it may be ended as soon as it is not busy."""

@@ -77,9 +77,10 @@ class Dispatcher:
             How many tickets that were trained are ready again.
         """
         for flight in (*self.flights.under_way.values(), *self.flights.granted.values()):
-            flight.oldest_step = min(flight.oldest_step, self._versions.step_of(flight.oldest_version))
+            flight.oldest_step = min(flight.oldest_step, self._versions.step_of(*flight.versions))
         returned = [await self._read_back(kept) for kept in self._ledger.roll_back(step)]
         self.flights.roll_back(step, returned)
+        self._return_hopeless(step)
         return len(returned)
 
     async def refresh(self, flights: list[Flight]) -> None:
@@ -89,9 +90,8 @@ class Dispatcher:
             await self._pipeline.read_back(flight, ticket.journal_file, ticket.journal_sha256)
 
     async def _read_back(self, kept: JournalledTicket) -> Flight:
-        flight = self._flight(
-            Draw(kept.ticket_id, kept.prompt_id, kept.redraw), self._versions.step_of(kept.oldest_version)
-        )
+        flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), self._versions.step_of(*kept.versions))
+        flight.versions = kept.versions
         flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
         flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
         await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
@@ -118,7 +118,7 @@ class Dispatcher:
 
     def _launch(self, member: Member, draw: Draw) -> None:
         flight = self._flight(draw, oldest_step=member.step)
-        flight.oldest_version = member.version
+        flight.versions = (member.version,)  # the oldest that may sample it
         self.flights.add(flight)
         self._outcome.spawn(self._carry(flight, member))
 
@@ -148,8 +148,9 @@ class Dispatcher:
         try:
             # Looked at with every attempt: a roll-back may ask for less meanwhile.
             receipt = await self._pipeline.sample(flight, member, lambda m: m.step >= flight.oldest_step)
+            flight.versions = receipt.versions
             flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
-            flight.oldest_step = self._versions.step_of(receipt.oldest_version)
+            flight.oldest_step = self._versions.step_of(*receipt.versions)
             flight.response_tokens = receipt.response_tokens
             self.flights.sampled(flight, receipt.bytes)
             self._ledger.mark_generated(
@@ -177,7 +178,9 @@ class Dispatcher:
     def sample_again(self, flight: Flight, cause: ReturnCause) -> None:
         """What was sampled for a ticket is lost or of no use: it is issued again, with the same noise."""
         self.flights.remove(flight)
-        self._again.append(self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=False))
+        again = self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=False)
+        # In the order of tickets, as they were drawn: synchronous batches depend on it.
+        self._again = deque(sorted((*self._again, again)))
 
     def drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
         self.flights.remove(flight)
@@ -203,13 +206,19 @@ class Dispatcher:
     def choose(self, step: int) -> list[Flight]:
         """The batch of the step from learner step `step`, in the order of ticket ids; empty: not yet."""
         batch = self.flights.choose(step)
-        if not batch and (hopeless := self.flights.hopeless(step)):
-            for flight in hopeless:
-                self.sample_again(flight, ReturnCause.ABANDONED_BRANCH)
-            self._recorder.event("returned", f"{len(hopeless)} tickets of a branch that was left are sampled again")
+        if not batch and self._return_hopeless(step):
             self.issue()
             batch = self.flights.choose(step)
         return batch
+
+    def _return_hopeless(self, step: int) -> int:
+        """Ready tickets too far from the weights that the learner was rolled back to are sampled again; how many."""
+        hopeless = self.flights.hopeless(step)
+        for flight in hopeless:
+            self.sample_again(flight, ReturnCause.TOO_STALE)
+        if hopeless:
+            self._recorder.event("returned", f"{len(hopeless)} tickets of weights that were left are sampled again")
+        return len(hopeless)
 
 
 def at_least(step: int) -> Callable[[Member], bool]:

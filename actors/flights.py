@@ -87,11 +87,12 @@ class Flights:
         return all(i in self.granted or i in self.under_way for i in ticket_ids)
 
     def hopeless(self, step: int) -> list[Flight]:
-        """Ready tickets that can no longer be trained within the bound; see `Admission.hopeless`."""
+        """Ready tickets that can no longer be trained within the bound; see `Admission.trainable`."""
         if self._on_stale == "keep":
             return []
         outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self.under_way.values()]
-        return [f for i in self._admission.hopeless(outstanding, step) if (f := self.under_way[i]).ready]
+        trainable = self._admission.trainable(outstanding, step)
+        return [f for i, f in sorted(self.under_way.items()) if f.ready and i not in trainable]
 
     def grant(self, flight: Flight) -> None:
         self.remove(flight)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from actors.flight import Flight
 from actors.pool import Member, Pool, unsuspected
 from distrl.errors import DistrlError, RunError, StageError
 from distrl.messages import GenerationReceipt, JournalReceipt
+from distrl.schema import Role
 from distrl.tickets import DropReason
 
 OUTAGE_POLL_S = 0.2
@@ -57,7 +58,9 @@ class Pipeline:
     """Calls the stages and keeps the references; never touches the data.
 
     Args:
+        generation: samples what is trained, and what no pool of its own samples.
         clock: seconds since the epoch.
+        own_pools: generation actors that sample for one role only.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class Pipeline:
         journal: Caller,
         limits: PipelineLimits,
         clock: Callable[[], float],
+        own_pools: Mapping[Role, Pool] | None = None,
     ) -> None:
         self.generation = generation
+        self.own_pools = own_pools or {}
         self.grading = grading
         self.reference = reference
         self._journal = journal
@@ -86,6 +91,10 @@ class Pipeline:
         if reference is not None:
             self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference, suspect)
 
+    def pool_of(self, role: str) -> Pool:
+        """The generation actors that sample for a role."""
+        return self.own_pools.get(Role(role), self.generation)
+
     async def sample(self, flight: Flight, member: Member | None, fits: Callable[[Member], bool]) -> GenerationReceipt:
         """Samples the ticket's responses.
 
@@ -96,26 +105,25 @@ class Pipeline:
             TicketFailedError: every attempt failed.
         """
         places = flight.ticket.group_size
+        pool = self.pool_of(flight.ticket.role)
         first = member
 
         async def attempt() -> GenerationReceipt:
             nonlocal first
             suspect = self._is_suspect(flight)
-            here = first or await self.generation.wait_take(
-                places, (lambda m: unsuspected(m) and fits(m)) if suspect else fits
-            )
+            here = first or await pool.wait_take(places, (lambda m: unsuspected(m) and fits(m)) if suspect else fits)
             first = None
             here.suspects += suspect
             flight.enter("generation", self._clock())
             try:
                 answer: GenerationReceipt
-                async with self._judge(self.generation, here, [flight]):
+                async with self._judge(pool, here, [flight]):
                     answer, flight.generation = await here.caller.batch(
                         "generate", flight.ticket, timeout_s=self._limits.generation_timeout_s
                     )
             finally:
                 here.suspects -= suspect
-                await self.generation.give_back(here, places)
+                await pool.give_back(here, places)
             return answer
 
         receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)

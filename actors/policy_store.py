@@ -8,6 +8,10 @@ import ray
 
 from distrl.errors import LostWeightsError, PolicyError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest, Span, TensorEntry
+from distrl.tickets import POLICY_WEIGHTS
+
+_Key = tuple[str, int]
+"""Whose weights, and which version of them."""
 
 
 @dataclass(slots=True)
@@ -26,7 +30,9 @@ class _Piece:
 
 
 class PolicyStore:
-    """Keeps the newest versions; chunks arrive by value and are put into the object store by this process.
+    """Keeps the newest versions of the policy, and of other named weights.
+
+    Chunks arrive by value and are put into the object store by this process.
 
     Tensors are known by their content: one that did not change since an older version is neither sent again by the
     learner nor fetched again by an actor that has it.
@@ -39,8 +45,8 @@ class PolicyStore:
     def __init__(self, keep: int, put: Callable[[Chunk], Any]) -> None:
         self._keep = keep
         self._put = put
-        self._arriving: dict[int, dict[int, _Stored]] = {}
-        self._published: dict[int, Manifest] = {}
+        self._arriving: dict[_Key, dict[int, _Stored]] = {}
+        self._published: dict[_Key, Manifest] = {}
         self._tensors: dict[Content, tuple[_Piece, ...]] = {}
 
     @ray.method
@@ -60,9 +66,9 @@ class PolicyStore:
         )
 
     @ray.method
-    async def add_chunk(self, version: int, index: int, chunk: Chunk) -> None:
+    async def add_chunk(self, weights: str, version: int, index: int, chunk: Chunk) -> None:
         """Takes one chunk of a version that is being published; sending it again replaces it."""
-        self._arriving.setdefault(version, {})[index] = _Stored(self._put(chunk), chunk.nbytes)
+        self._arriving.setdefault((weights, version), {})[index] = _Stored(self._put(chunk), chunk.nbytes)
 
     @ray.method
     async def publish(self, manifest: Manifest, layout: Layout) -> None:
@@ -73,9 +79,10 @@ class PolicyStore:
         Raises:
             PolicyError: a chunk or a tensor is missing; nothing is published, and older versions stay.
         """
-        arrived = self._arriving.get(manifest.version, {})
+        key = (manifest.weights, manifest.version)
+        arrived = self._arriving.get(key, {})
         wanted = {span.chunk for spans in layout.values() for span in spans}
-        where = f"policy version {manifest.version} cannot be published:"
+        where = f"{manifest.weights} version {manifest.version} cannot be published:"
         if missing := sorted(wanted - set(arrived)):
             raise PolicyError(f"{where} all {len(wanted)} chunks must have arrived, missing {missing}; send them again")
         here = {e.content for e in manifest.tensors if e.name in layout} | self._tensors.keys()
@@ -84,25 +91,27 @@ class PolicyStore:
                 f"{where} the store must have every tensor that is not sent, tensor {lacking} is neither here nor "
                 "sent; send the whole policy"
             )
-        self._arriving.pop(manifest.version, None)
+        self._arriving.pop(key, None)
         for entry in manifest.tensors:
             if entry.name in layout:
                 spans = layout[entry.name]
                 self._tensors[entry.content] = tuple(_Piece(arrived[s.chunk], s.offset, s.bytes) for s in spans)
-        self._published[manifest.version] = manifest
+        self._published[key] = manifest
         self._forget()
 
     def _forget(self) -> None:
         """Drops old versions, tensors that no version has, and what a learner that died while publishing left."""
-        for old in sorted(self._published)[: -self._keep]:
-            del self._published[old]
+        for weights in {weights for weights, _ in self._published}:
+            versions = self._versions(weights)
+            for old in versions[: -self._keep]:
+                del self._published[weights, old]
+            for key in [k for k in self._arriving if k[0] == weights and k[1] < versions[-1]]:
+                del self._arriving[key]
         contents = {entry.content for entry in self._entries()}
         self._tensors = {content: pieces for content, pieces in self._tensors.items() if content in contents}
-        for old in [v for v in self._arriving if v < max(self._published)]:
-            del self._arriving[old]
 
     @ray.method
-    async def fetch(self, version: int, have: Mapping[str, Content]) -> Delivery:
+    async def fetch(self, version: int, have: Mapping[str, Content], weights: str = POLICY_WEIGHTS) -> Delivery:
         """A published version, without the tensors that the caller has.
 
         Args:
@@ -111,12 +120,12 @@ class PolicyStore:
         Raises:
             LostWeightsError: the version is not here (any more).
         """
-        if version not in self._published:
+        if (weights, version) not in self._published:
             raise LostWeightsError(
-                f"policy version {version} must be in the store, which has {sorted(self._published) or 'none'}; "
+                f"{weights} version {version} must be in the store, which has {self._versions(weights) or 'none'}; "
                 "pull the newest"
             )
-        manifest = self._published[version]
+        manifest = self._published[weights, version]
         chunks: dict[int, tuple[int, Any]] = {}
         layout = {}
         for entry in manifest.tensors:
@@ -138,6 +147,9 @@ class PolicyStore:
             "chunks": len(chunks),
             "bytes": sum(stored.bytes for stored in chunks.values()),
         }
+
+    def _versions(self, weights: str) -> list[int]:
+        return sorted(version for name, version in self._published if name == weights)
 
     def _entries(self) -> list[TensorEntry]:
         return [entry for manifest in self._published.values() for entry in manifest.tensors]

@@ -1,9 +1,9 @@
 """The policy versions of a run as the coordinator sees them: the tree, and which one is in use."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from distrl.ledger import Ledger
-from distrl.staleness import Version, staleness
+from distrl.staleness import Version, most_stale
 
 
 class PolicyVersions:
@@ -45,14 +45,14 @@ class PolicyVersions:
         """Ages count from this version from now on; what was published after it is on a branch that was left."""
         self.published = self._tree[version]
 
-    def age(self, version: int) -> int:
-        """Staleness of this version's samples when the published weights are trained on them."""
-        return staleness(self._tree, version, self.published.version)
+    def age(self, sampled_by: Iterable[int]) -> int:
+        """Staleness of what these versions sampled when the published weights are trained on it."""
+        return most_stale(self._tree, sampled_by, self.published.version)
 
-    def step_of(self, version: int) -> int:
-        """How many steps a version's weights have done, as far as the published ones are concerned.
+    def step_of(self, *sampled_by: int) -> int:
+        """The step of the weights that something counts as sampled by, on the branch of the published ones.
 
-        That is its step; for weights of a branch that was left it is as many fewer than the published step as lie
-        between them along the tree.
+        That is the step of the oldest version; for weights of a branch that was left, as many steps before the
+        published ones as lie between them along the tree of versions.
         """
-        return self.published.step - self.age(version)
+        return self.published.step - self.age(sampled_by)

@@ -32,6 +32,8 @@ class Member:
     """Tickets that failed here since the last call that succeeded here."""
     successes_elsewhere: int = 0
     """What the pool had done when the first of them failed."""
+    others: dict[str, int] = field(default_factory=dict)
+    """Versions of the other weights that it holds, by name (generation only)."""
 
     @property
     def name(self) -> str:
@@ -121,6 +123,12 @@ class Pool:
             while (member := self.take(places, fits)) is None:
                 await self._changed.wait()
             return member
+
+    async def wait_all(self, fits: Callable[[Member], bool]) -> None:
+        """Returns when there are members and every one of them fits."""
+        async with self._changed:
+            while not self.members or not all(fits(m) for m in self.members):
+                await self._changed.wait()
 
     async def give_back(self, member: Member, places: int = 1) -> None:
         member.busy -= places

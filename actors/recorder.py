@@ -57,8 +57,8 @@ class Recorder:
     def evaluation(self, row: dict[str, object]) -> None:
         self._add({"kind": "evaluation", **row})
 
-    def load(self, actor: str, receipt: LoadReceipt) -> None:
-        self._add({"kind": "load", "actor": actor, **asdict(receipt)})
+    def load(self, actor: str, receipt: LoadReceipt, weights: str) -> None:
+        self._add({"kind": "load", "actor": actor, "weights": weights, **asdict(receipt)})
 
     def _add(self, record: dict[str, Any]) -> None:
         record = {"number": self._next, "time_s": self._clock(), **record}

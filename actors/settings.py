@@ -22,6 +22,8 @@ class CoordinatorSettings:
     drops_in_a_row: int
     evaluate_every_steps: int
     keep_checkpoints: int
+    opponents: bool = False
+    """Whether something is sampled from weights that are published for opponents."""
 
 
 @dataclass(frozen=True, slots=True)

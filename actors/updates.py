@@ -1,18 +1,19 @@
 """Keeps generation actors at the newest policy version, and the learner to its promise of publishing it."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from actors.calls import WorkerLostError
 from actors.outcome import Outcome
 from actors.pipeline import Pipeline
-from actors.policy_versions import PolicyVersions
-from actors.pool import Member
+from actors.pool import Member, Pool
 from actors.recorder import Recorder
 from distrl.errors import DamagedWeightsError, DeadlineError, DistrlError, LostWeightsError
 from distrl.messages import LoadReceipt, PublishAgain
 from distrl.staleness import Version
+from distrl.tickets import POLICY_WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,33 +26,52 @@ class UpdateLimits:
     publish_timeout_s: float
 
 
+class Published(Protocol):
+    """Says which version is in use; see `actors.policy_versions`."""
+
+    @property
+    def published(self) -> Version: ...
+
+    def step_of(self, *sampled_by: int) -> int: ...
+
+
+@dataclass(slots=True)
+class Unversioned:
+    """Weights that count for no staleness: which of their publications is the newest."""
+
+    published: Version
+
+    def step_of(self, *sampled_by: int) -> int:
+        return self.published.step
+
+
 class Updates:
     """Policy versions between their allocation and their arrival at every generation actor.
 
     Args:
-        versions: all of the run; the coordinator says which one is published.
+        versions: says which one is published.
+        weights: whose versions these are, see `distrl.tickets.weights_of`.
         outcome: notified whenever something happens that somebody may wait for; told what ends the run.
     """
 
     def __init__(
         self,
-        versions: PolicyVersions,
+        versions: Published,
         pipeline: Pipeline,
         limits: UpdateLimits,
         recorder: Recorder,
         outcome: Outcome,
+        weights: str = POLICY_WEIGHTS,
     ) -> None:
         self._versions = versions
         self._pipeline = pipeline
-        self._pool = pipeline.generation
+        self._weights = weights
         self._limits = limits
         self._recorder = recorder
         self._changed = outcome.changed
         self._outcome = outcome
         self.paused = False
         """While the learner is not heard of, after a restart of the coordinator or of itself: nobody loads anything."""
-        self.may_load = asyncio.Event()
-        """Set once weights may change under the actors."""
         self._publication: asyncio.Task[Any] | None = None
         self._refill_wanted: Version | None = None
         self._refills = 0
@@ -102,78 +122,93 @@ class Updates:
 
     # The actors' side -------------------------------------------------------------------------------------------
 
-    async def follow(self, member: Member) -> None:
+    async def follow(self, pool: Pool, member: Member, may_load: asyncio.Event) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound.
 
+        Returns when the actor has left the pool.
+
+        Args:
+            may_load: no pull begins while it is not set, but that of an actor which may not sample before.
         Raises:
             DeadlineError: too many pulls failed in a row; names the actor, the version and the last cause.
         """
         failures = 0
-        await self.may_load.wait()
         while True:
+            if not member.behind:
+                await may_load.wait()
             async with self._changed:
-                while member in self._pool.members and (self.paused or self.is_up_to_date(member)):
+                while member in pool.members and (self.paused or self.is_up_to_date(member)):
                     await self._changed.wait()
-            if member not in self._pool.members:
+            if member not in pool.members:
                 return
+            if not (may_load.is_set() or member.behind):
+                continue
             target = self._versions.published
             try:
                 receipt: LoadReceipt = await member.caller.ask(
-                    "pull", target.version, timeout_s=self._limits.sync_timeout_s
+                    "pull", target.version, self._weights, timeout_s=self._limits.sync_timeout_s
                 )
             except WorkerLostError as error:
-                await self._pipeline.lose(self._pool, member, str(error))
+                await self._pipeline.lose(pool, member, str(error))
                 return
             except DistrlError as error:
                 failures += 1
                 await self._failed(member, target, failures, error)
                 continue
             failures = 0
-            self.set_version(member, receipt.version)
-            member.behind = False
-            self._recorder.load(member.name, receipt)
-            await self._pool.changed()
+            self._set_version(member, receipt.version)
+            self._recorder.load(member.name, receipt, self._weights)
+            await pool.changed()
 
-    async def enter(self, member: Member) -> None:
+    async def enter(self, pool: Pool, member: Member, may_load: asyncio.Event) -> None:
         """A generation actor is new in the pool: it loads the newest weights before it samples."""
         member.behind = True
         try:
-            version = await member.caller.ask("policy_version", timeout_s=self._limits.sync_timeout_s)
+            version = await member.caller.ask("policy_version", self._weights, timeout_s=self._limits.sync_timeout_s)
         except DistrlError as error:
-            await self._pipeline.lose(self._pool, member, str(error))
+            await self._pipeline.lose(pool, member, str(error))
             return
-        self.set_version(member, version)
-        # Before the first evaluation is over nobody loads anything, and all sample from what they began with.
-        member.behind = self.may_load.is_set() and not self.is_up_to_date(member)
+        self._set_version(member, version)
+        # Before the first evaluation is over nobody loads anything.
+        member.behind = may_load.is_set() and not self.is_up_to_date(member)
 
-    def begin_to_load(self) -> None:
+    def begin_to_load(self, pools: Iterable[Pool]) -> None:
         """From here on weights change under the actors; nobody samples who has not loaded the newest."""
         self.paused = False
-        self.may_load.set()
-        for member in self._pool.members:
-            member.behind = not self.is_up_to_date(member)
+        for pool in pools:
+            for member in pool.members:
+                member.behind = not self.is_up_to_date(member)
 
-    def pause(self) -> None:
+    def pause(self, pools: Iterable[Pool]) -> None:
         """The learner was rolled back: what actors have counts by its distance from the version that is now the
         published one, and nobody loads anything until that is in the store again."""
         self.paused = True
-        for member in self._pool.members:
-            self.set_version(member, member.version)
+        for pool in pools:
+            for member in pool.members:
+                member.step = self._versions.step_of(member.version)
 
     def is_up_to_date(self, member: Member) -> bool:
-        return member.version == self._versions.published.version
+        return self._held(member) == self._versions.published.version
 
-    def set_version(self, member: Member, version: int) -> None:
-        member.version, member.step = version, self._versions.step_of(version)
+    def _held(self, member: Member) -> int:
+        return member.version if self._weights == POLICY_WEIGHTS else member.others.get(self._weights, 0)
+
+    def _set_version(self, member: Member, version: int) -> None:
+        if self._weights == POLICY_WEIGHTS:
+            member.version, member.step = version, self._versions.step_of(version)
+            member.behind = member.behind and not self.is_up_to_date(member)
+        else:
+            member.others[self._weights] = version
 
     async def _failed(self, member: Member, target: Version, failures: int, error: DistrlError) -> None:
-        self._recorder.event("failed_call", f"{member.name} pulling version {target.version}: {error}")
+        self._recorder.event("failed_call", f"{member.name} pulling {self._weights} version {target.version}: {error}")
         if failures >= self._limits.attempts:
             raise DeadlineError(
-                f"{member.name} must load policy version {target.version} in at most "
+                f"{member.name} must load {self._weights} version {target.version} in at most "
                 f"{self._limits.attempts} attempts; the last error was: {error}"
             ) from error
-        if isinstance(error, (LostWeightsError, DamagedWeightsError)):
+        lost = isinstance(error, (LostWeightsError, DamagedWeightsError))
+        if lost and self._weights == POLICY_WEIGHTS:  # other weights are not the model that the learner trains
             await self._refilled(target)
         else:
             await asyncio.sleep(self._limits.retry_delay_s * 2 ** (failures - 1))

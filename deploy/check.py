@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deploy.roles import own_actors
 from distrl.config import Config
 from distrl.errors import ConfigError
 from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
@@ -9,7 +10,12 @@ from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
+from distrl.sandbox.bubblewrap import check_sandbox
+from distrl.schema import Role
 from distrl.tasks import Task, load_task
+
+SAMPLED = {"v_star": Role.REFERENCE, "preference": Role.OPPONENT}
+"""Columns that need responses of others than the policy, with whose."""
 
 PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
 """Models and columns that a run can produce for an objective."""
@@ -28,6 +34,8 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
+    """Roles that generation actors sample for."""
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -61,9 +69,32 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
+    samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
+    _check_actors(config, samples)
     return RunPlan(
-        graders, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
+        graders,
+        scores_reference,
+        recipe,
+        len(task.train),
+        len(task.heldout),
+        lengths.left_out,
+        lengths.longest,
+        samples,
     )
+
+
+def _check_actors(config: Config, samples: frozenset[Role]) -> None:
+    """
+    Raises:
+        ConfigError: generation actors for a role that nothing is sampled for.
+    """
+    for role, actors in own_actors(config).items():
+        if actors and role not in samples:
+            raise ConfigError(
+                f"generation.{role}_actors must be 0 for objective.recipe {config.objective.recipe} as configured, got "
+                f"{actors}; nothing is sampled for that role: remove it"
+            )
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
@@ -104,6 +135,8 @@ def check_graders(config: Config, task: Task) -> Graders:
                 f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
             )
         check_options(target, one.options, setting=setting)
+        if known is not None and known.sandboxed:
+            check_sandbox(config.sandbox, setting=f"{setting} {target}")
         check_columns(target, task.heldout[0], setting=setting)
     return graders
 
@@ -150,7 +183,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"objective {plan.recipe.name} ({options}); {plan.recipe.source}",
         f"staleness {age}",
         f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "
-        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}",
+        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}"
+        + "".join(f"; {n} more for {role} alone" for role, n in own_actors(c).items() if n),
         f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
         "a time each",
         f"scores    {reference}",

@@ -15,7 +15,7 @@ from actors.engines.request_rules import check_request
 from deploy.check import check_graders, check_heldout, measure_prompts
 from distrl.config import Config
 from distrl.errors import ConfigError, StageError
-from distrl.graders.build import Graders, build_graders, chosen_graders, describe
+from distrl.graders.build import Graders, build_graders, chosen_graders, describe, resources
 from distrl.graders.combined import AsyncGrader
 from distrl.graders.grade import Response
 from distrl.models import load_tokenizer
@@ -85,7 +85,7 @@ def evaluate_model(
     engine = build_engine(config, tokenizer)
 
     async def measure() -> list[dict[str, Any]]:
-        graders = [build_graders(one.graders, config.grading.concurrency) for one in sets]
+        graders = [build_graders(one.graders, config.grading.concurrency, resources(config)) for one in sets]
         try:
             return [
                 await measure_set(Sampler(engine, ModelText(tokenizer), grader, config, samples), one, ks, advance)

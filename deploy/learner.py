@@ -86,8 +86,10 @@ class RayLink:
     def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
         self._publisher.publish(manifest, tensors, whole=again)
         self._get(
-            lambda: self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256),
-            f"published, of policy version {manifest.version},",
+            lambda: self._coordinator.published.remote(
+                manifest.version, manifest.step, manifest.sha256, manifest.weights
+            ),
+            f"published, of {manifest.weights} version {manifest.version},",
         )
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:

@@ -14,6 +14,7 @@ from deploy.remote.grading import GradingActor
 from deploy.remote.journal import JournalActor
 from deploy.remote.policy_store import PolicyStoreActor
 from deploy.remote.reference import ReferenceActor
+from deploy.roles import weights_of_stage
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.errors import RunError
@@ -70,7 +71,14 @@ class RayProcesses:
         self.store = self._make(PolicyStoreActor, {"max_restarts": -1})
         self.journal = self._make(JournalActor, self._here(), run_dir)
         self.coordinator = self._make(
-            CoordinatorActor, self._here(), config, run_dir, self.journal, plan.scores_reference, plan.left_out
+            CoordinatorActor,
+            self._here(),
+            config,
+            run_dir,
+            self.journal,
+            plan.scores_reference,
+            plan.left_out,
+            plan.samples,
         )
 
     def _here(self) -> dict[str, Any]:
@@ -88,14 +96,15 @@ class RayProcesses:
 
     def start(self, stage: str, name: str) -> Any:
         options = {"max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        weights = weights_of_stage(self._config, self._plan.samples, stage)
+        if weights is not None:
+            return self._make(GenerationActor, options, self._config, name, self.store, weights)
         match stage:
-            case "generation":
-                return self._make(GenerationActor, options, self._config, name, self.store)
             case "grading":
                 return self._make(GradingActor, options, self._config, self._plan.graders, os.getcwd())
             case "reference":
                 return self._make(ReferenceActor, options, self._config)
-        raise RunError(f"a process of a stage must be one of generation, grading and reference, got {stage}")
+        raise RunError(f"a process must be one of a stage that the run has, got {stage}")
 
     def probe(self, handle: Any) -> Any:
         return handle.whereabouts.remote()

@@ -66,10 +66,11 @@ class Publisher:
             except GetTimeoutError:
                 raise self._late(manifest) from None
             except RayTaskError as error:
-                raise unwrap(error, f"publishing policy version {manifest.version}") from error
+                raise unwrap(error, f"publishing {manifest.weights} version {manifest.version}") from error
             except (ActorDiedError, RayActorError) as error:
                 raise RunError(
-                    f"policy version {manifest.version} cannot be published: the process of policy-store is gone"
+                    f"{manifest.weights} version {manifest.version} cannot be published: the process of policy-store "
+                    "is gone"
                 ) from error
 
     def _attempt(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", whole: bool, deadline: float) -> int:
@@ -89,7 +90,7 @@ class Publisher:
             self._on_chunk(index)
             if len(under_way) == CHUNKS_UNDER_WAY:
                 answer(under_way.pop(0))
-            under_way.append(self._store.add_chunk.remote(manifest.version, index, chunk))
+            under_way.append(self._store.add_chunk.remote(manifest.weights, manifest.version, index, chunk))
         for reference in under_way:
             answer(reference)
         answer(self._store.publish.remote(manifest, layout))
@@ -97,6 +98,6 @@ class Publisher:
 
     def _late(self, manifest: Manifest) -> DeadlineError:
         return DeadlineError(
-            f"policy-store must take policy version {manifest.version} from the learner within "
+            f"policy-store must take {manifest.weights} version {manifest.version} from the learner within "
             f"limits.publish_timeout_s = {self._timeout_s:g} s, it did not; look at the log of policy-store"
         )

@@ -11,6 +11,7 @@ from deploy.coordinator_line import CoordinatorLine
 from deploy.learner import RayTrainGroup
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
+from deploy.roles import generation_counts
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
 from deploy.run_state import RunState, claim, read_state, release
 from deploy.start import log_directory, start_ray
@@ -109,5 +110,5 @@ def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progre
 
 def wanted(config: Config, plan: RunPlan) -> dict[str, int]:
     """Processes of each stage."""
-    counts = {"generation": config.generation.actors, "grading": config.grading.actors}
+    counts = {**generation_counts(config, plan.samples), "grading": config.grading.actors}
     return {**counts, "reference": config.reference.actors} if plan.scores_reference else counts

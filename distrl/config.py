@@ -15,6 +15,7 @@ from distrl.errors import ConfigError
 from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams
+from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
 from distrl.tasks.config import DataConfig
 
@@ -54,7 +55,7 @@ class RewardConfig(_Section):
 
     grader: str | None = None
     """The only grader: `exact`, `numeric`, `math_verify`, `reasoning_gym`, `regex`, `json_schema`, `format`, `length`,
-    `overlong`, or `module:function` (docs/grading.md has the forms); empty takes the one that fits the data source."""
+    `overlong`, `unit_tests`, or `module:function` (docs/grading.md has the forms); empty takes the data source's."""
     graders: dict[str, GraderConfig] = {}
     """Several graders by name, combined by weights, or one with limits and options of its own; empty is `grader`."""
 
@@ -83,8 +84,16 @@ class GenerationConfig(_Section):
     """`transformers`: decode loop over a local model; `fake`: deterministic and instant, for tests of the system."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
+    evaluation_actors: int = Field(0, ge=0)
+    """Generation actors more, for held-out problems alone: an evaluation then neither waits for rollouts nor holds them
+    up; 0 evaluates with those that sample for training."""
+    reference_actors: int = Field(0, ge=0)
+    """Generation actors more that sample from the reference model, where the objective needs that; 0 samples from it
+    with those that sample for training."""
+    opponent_actors: int = Field(0, ge=0)
+    """Generation actors more that sample from opponents, where the objective needs that; 0 as above."""
     slots: int = Field(256, ge=1)
-    """Responses that one actor samples at the same time."""
+    """Responses that one actor samples at the same time, for each model that it samples from."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds a ticket may take to be sampled before the call counts as failed."""
 
@@ -206,6 +215,7 @@ class Config(_Section):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
     grading: GradingConfig = GradingConfig()

@@ -20,15 +20,19 @@ CHUNK_BYTES = 64 << 20
 """Upper bound of a chunk."""
 
 
-def describe(tensors: Mapping[str, Tensor], *, version: int, step: int) -> Manifest:
-    """The manifest of some weights; reads every byte of them once."""
+def describe(tensors: Mapping[str, Tensor], *, version: int, step: int, weights: str = "policy") -> Manifest:
+    """The manifest of some weights; reads every byte of them once.
+
+    Args:
+        weights: whose they are, see `distrl.tickets.weights_of`.
+    """
     entries = []
     for name, tensor in tensors.items():
         data = _bytes(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest = hashlib.sha256(data.data).hexdigest()
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), data.nbytes, digest))
-    return Manifest(version, step, tuple(entries), manifest_sha256(entries))
+    return Manifest(version, step, tuple(entries), manifest_sha256(entries), weights)
 
 
 def lay_out(entries: Iterable[TensorEntry], chunk_bytes: int = CHUNK_BYTES) -> dict[str, tuple[Span, ...]]:

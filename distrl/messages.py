@@ -134,6 +134,9 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     sha256: str
     """Hash over the entries; two manifests with the same hash hold the same weights."""
+    weights: str = "policy"
+    """Whose they are: see `distrl.tickets.weights_of`. Versions of different weights have nothing to do with each
+    other; equal tensors are kept once all the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,10 @@ class Role(StrEnum):
 
     POLICY = "policy"
     EVALUATION = "evaluation"
+    OPPONENT = "opponent"
+    """What a policy's rollout is compared with; never trained, not counted for staleness."""
+    REFERENCE = "reference"
+    """Sampled from the reference model, for what is estimated before or beside training."""
 
 
 def _field(name: str, kind: pa.DataType, *, nullable: bool = False) -> pa.Field:

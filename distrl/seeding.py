@@ -19,6 +19,8 @@ class Purpose(IntEnum):
     TASK = 4
     MODEL = 5
     WARMUP = 6
+    REFERENCE_SAMPLING = 7
+    OPPONENT = 8
 
 
 def generator(seed: int, purpose: Purpose, *words: int) -> np.random.Generator:

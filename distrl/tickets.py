@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from distrl.errors import LedgerError
+from distrl.schema import Role
 from distrl.tasks.problem import Message
 
 
@@ -45,6 +46,21 @@ class DropReason(StrEnum):
     POISON = "poison"
     """Worker after worker died that had it."""
     RUN_ENDED = "run_ended"
+
+
+POLICY_WEIGHTS = "policy"
+"""Name of the weights that are trained."""
+
+_WEIGHTS = {Role.REFERENCE: "reference", Role.OPPONENT: "opponent"}
+
+
+def weights_of(role: str) -> str:
+    """Name of the weights that a role's responses are sampled from.
+
+    `policy`: the newest that the learner published. `reference`: the reference model, fixed. `opponent`: an anchor of
+    the policy, published under that name.
+    """
+    return _WEIGHTS.get(Role(role), POLICY_WEIGHTS)
 
 
 class ReturnCause(StrEnum):

@@ -11,9 +11,11 @@ from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
 from actors.updates import UpdateLimits
 from deploy.remote.located import Located
+from deploy.roles import GENERATION_STAGES, weights_by_role
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.ledger import Ledger
+from distrl.schema import Role
 from distrl.tasks import load_task, prompt_index
 
 
@@ -30,13 +32,11 @@ class CoordinatorActor(Coordinator, Located):
         run_dir: RunDir,
         journal: Any,
         scores_reference: bool,
-        left_out: frozenset[str] = frozenset(),
+        left_out: frozenset[str],
+        samples: frozenset[Role],
     ) -> None:
-        self._capacity = {
-            "generation": config.generation.slots,
-            "grading": config.grading.concurrency,
-            "reference": 1,
-        }
+        generation = dict.fromkeys(GENERATION_STAGES.values(), config.generation.slots)
+        self._capacity = {**generation, "grading": config.grading.concurrency, "reference": 1}
         pipeline = Pipeline(
             Pool("generation"),
             Pool("grading"),
@@ -44,9 +44,12 @@ class CoordinatorActor(Coordinator, Located):
             RayCaller("journal", journal),
             pipeline_limits(config),
             time.time,
+            own_pools={
+                role: Pool(GENERATION_STAGES[role]) for role in weights_by_role(config, samples) if role != Role.POLICY
+            },
         )
         super().__init__(
-            coordinator_settings(config),
+            coordinator_settings(config, samples),
             Ledger(run_dir.ledger),
             make_prompts(config, left_out),
             pipeline,
@@ -90,7 +93,7 @@ def pipeline_limits(config: Config) -> PipelineLimits:
     )
 
 
-def coordinator_settings(config: Config) -> CoordinatorSettings:
+def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset()) -> CoordinatorSettings:
     """The coordinator's part of the config."""
     return CoordinatorSettings(
         seed=config.run.seed,
@@ -108,4 +111,5 @@ def coordinator_settings(config: Config) -> CoordinatorSettings:
         drops_in_a_row=config.limits.drops_in_a_row,
         evaluate_every_steps=config.evaluation.every_steps,
         keep_checkpoints=config.train.keep_checkpoints,
+        opponents=Role.OPPONENT in samples,
     )

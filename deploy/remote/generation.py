@@ -17,29 +17,37 @@ from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer
 from distrl.prompts import PromptEncoder
 from distrl.tasks.problem import Message
+from distrl.tickets import POLICY_WEIGHTS
 
 
 class GenerationActor(Generation, Located):
-    """`Generation` with the engine that the config names."""
+    """`Generation` with the engine that the config names, once for each of the weights that it samples from."""
 
-    def __init__(self, config: Config, name: str, store: Any) -> None:
+    def __init__(self, config: Config, name: str, store: Any, weights: Sequence[str] = (POLICY_WEIGHTS,)) -> None:
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
-        engine = build_engine(config, tokenizer)
+        engines = {one: build_engine(starting_from(config, one), tokenizer) for one in weights}
         super().__init__(
-            name, engine, ModelText(tokenizer), config.sampling, store_fetch(name, store, config.limits.sync_timeout_s)
+            name, engines, ModelText(tokenizer), config.sampling, store_fetch(name, store, config.limits.sync_timeout_s)
         )
+
+
+def starting_from(config: Config, weights: str) -> Config:
+    """The config with the directory in `model.path` that an engine for these weights starts from."""
+    if weights != "reference" or config.reference.path is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": config.reference.path})})
 
 
 def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:
     """How the generation actor `name` gets weights from the policy store's actor, in at most `timeout_s` seconds."""
     caller = RayCaller("policy-store", store)
 
-    async def fetch(version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, list[Chunk]]:
-        what = f"{name} fetching policy version {version}"
+    async def fetch(weights: str, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, list[Chunk]]:
+        what = f"{name} fetching {weights} version {version}"
         try:
             async with asyncio.timeout(timeout_s):
-                delivery: Delivery = await caller.ask("fetch", version, have, timeout_s=timeout_s)
+                delivery: Delivery = await caller.ask("fetch", version, have, weights, timeout_s=timeout_s)
                 references: Any = delivery.chunks
                 # One after the other: what is verified next is what came first, and the network is shared anyway.
                 return delivery.manifest, delivery.layout, [await reference for reference in references]

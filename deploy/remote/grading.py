@@ -3,7 +3,7 @@
 from actors.grading import Grading
 from deploy.remote.located import Located
 from distrl.config import Config
-from distrl.graders.build import Graders, build_graders, describe
+from distrl.graders.build import Graders, build_graders, describe, resources
 from distrl.graders.registry import importable_from
 
 
@@ -17,4 +17,4 @@ class GradingActor(Grading, Located):
     def __init__(self, config: Config, graders: Graders, folder: str) -> None:
         importable_from(folder)
         concurrency = config.grading.concurrency
-        super().__init__(describe(graders), build_graders(graders, concurrency), concurrency)
+        super().__init__(describe(graders), build_graders(graders, concurrency, resources(config)), concurrency)

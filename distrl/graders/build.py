@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distrl.graders.combined import AsyncGrader, CombinedGrader
 from distrl.graders.config import GraderConfig
@@ -14,6 +14,9 @@ from distrl.graders.thread import ThreadPool
 
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_CACHE = 10_000
+
+if TYPE_CHECKING:
+    from distrl.config import Config
 
 Graders = Mapping[str, GraderConfig]
 
@@ -67,6 +70,11 @@ def build_graders(graders: Graders, concurrency: int, resources: Mapping[str, An
     """
     members = [(name, one.weight, _limited(name, one, concurrency, resources or {})) for name, one in graders.items()]
     return CombinedGrader(members)
+
+
+def resources(config: "Config") -> dict[str, Any]:
+    """What a run gives to graders that have an argument of this name."""
+    return {"sandbox": config.sandbox}
 
 
 def _limited(name: str, config: GraderConfig, concurrency: int, resources: Mapping[str, Any]) -> LimitedGrader:

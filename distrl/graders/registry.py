@@ -35,6 +35,8 @@ class BuiltIn:
     """Whether the same response to the same problem always has the same grade."""
     package: str | None = None
     """Distribution whose version is part of a cached grade's key."""
+    sandboxed: bool = False
+    """Whether it runs programs of the model."""
     light: bool = True
     """Whether it can be made in any process, just to see whether its options suit it."""
     needs_answer: bool = True
@@ -49,6 +51,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "regex": BuiltIn("distrl.graders.text:Regex", needs_answer=False),
     "json_schema": BuiltIn("distrl.graders.text:JsonSchema", needs_answer=False),
     "format": BuiltIn("distrl.graders.text:Format", needs_answer=False),
+    "unit_tests": BuiltIn("distrl.graders.code:UnitTests", timeout_s=100.0, needs_answer=False, sandboxed=True),
     "length": BuiltIn("distrl.graders.length:Length", range=None, cached=False, needs_answer=False),
     "overlong": BuiltIn("distrl.graders.length:Overlong", range=(-1.0, 0.0), cached=False, needs_answer=False),
 }

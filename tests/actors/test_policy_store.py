@@ -59,7 +59,7 @@ def test_a_published_version_is_fetched_whatever_order_its_chunks_came_in() -> N
         layout = lay_out(manifest.tensors, 16)
         chunks = list(cut(tensors, layout))
         for index in (2, 0, 1):
-            await store.add_chunk(7, index, chunks[index])
+            await store.add_chunk("policy", 7, index, chunks[index])
         await store.publish(manifest, layout)
 
         assert (await store.fetch(7, {})).manifest == manifest
@@ -76,7 +76,7 @@ def test_a_version_with_a_missing_chunk_is_not_published_until_it_is_sent() -> N
         manifest = describe(tensors, version=7, step=7)
         layout = lay_out(manifest.tensors, 16)
         chunks = list(cut(tensors, layout))
-        await store.add_chunk(7, 1, chunks[1])
+        await store.add_chunk("policy", 7, 1, chunks[1])
         assert await refused(PolicyError, store.publish(manifest, layout)) == (
             "policy version 7 cannot be published: all 3 chunks must have arrived, missing [0, 2]; send them again"
         )
@@ -84,7 +84,7 @@ def test_a_version_with_a_missing_chunk_is_not_published_until_it_is_sent() -> N
             "policy version 7 must be in the store, which has none; pull the newest"
         )
         for index in (0, 2):
-            await store.add_chunk(7, index, chunks[index])
+            await store.add_chunk("policy", 7, index, chunks[index])
         await store.publish(manifest, layout)
         assert (await store.fetch(7, {})).manifest == manifest
 
@@ -94,7 +94,7 @@ def test_a_version_with_a_missing_chunk_is_not_published_until_it_is_sent() -> N
 def test_a_chunk_that_is_sent_again_replaces_the_first() -> None:
     async def scenario() -> None:
         store, _ = make_store()
-        await store.add_chunk(7, 1, torch.zeros(16, dtype=torch.uint8).numpy())
+        await store.add_chunk("policy", 7, 1, torch.zeros(16, dtype=torch.uint8).numpy())
         await publish(store, 7, weights(1, 2))
         assert await fetched(store, 7, {}) == {"w0": [1] * 4, "w1": [2] * 4}
 
@@ -158,7 +158,7 @@ def test_a_version_that_leans_on_weights_the_store_never_had_is_refused_with_the
         tensors = weights(1, 2)
         manifest = describe(tensors, version=3, step=3)
         layout = lay_out(manifest.tensors[:1], 16)
-        await store.add_chunk(3, 0, next(cut(tensors, layout)))
+        await store.add_chunk("policy", 3, 0, next(cut(tensors, layout)))
         assert await refused(LostWeightsError, store.publish(manifest, layout)) == (
             "policy version 3 cannot be published: the store must have every tensor that is not sent, tensor w1 is "
             "neither here nor sent; send the whole policy"
@@ -196,7 +196,7 @@ def test_what_is_kept_stays_below_twice_what_is_published_however_tensors_change
             wanted = await store.wanted(manifest)
             layout = lay_out([e for e in manifest.tensors if e.name in wanted], 128)
             for index, chunk in enumerate(cut(tensors, layout)):
-                await store.add_chunk(version, index, chunk)
+                await store.add_chunk("policy", version, index, chunk)
             await store.publish(manifest, layout)
             assert (await store.held())["bytes"] < 2 * 128
             numbers[version % 7] = 100 + version  # the eighth never changes
@@ -208,7 +208,7 @@ def test_what_a_dead_learner_left_behind_goes_with_the_next_publication() -> Non
     async def scenario() -> None:
         store, _ = make_store()
         await publish(store, 1, weights(1))
-        await store.add_chunk(2, 0, torch.zeros(1000, dtype=torch.uint8).numpy())
+        await store.add_chunk("policy", 2, 0, torch.zeros(1000, dtype=torch.uint8).numpy())
         assert (await store.held())["bytes"] == 1016
         await publish(store, 3, weights(3))
         assert (await store.held())["bytes"] == 32

@@ -34,14 +34,18 @@ class Wire:
         self.moved: list[set[str]] = []
         self.damage: Any = lambda manifest, layout, chunks: (manifest, layout, chunks)
 
-    async def fetch(self, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Chunk]]:
-        delivery = await self.store.fetch(version, have)
+    async def fetch(
+        self, weights: str, version: int, have: Mapping[str, Content]
+    ) -> tuple[Manifest, Layout, Sequence[Chunk]]:
+        delivery = await self.store.fetch(version, have, weights)
         chunks: Any = [chunk.copy() for chunk in delivery.chunks]  # type: ignore[attr-defined]
         self.moved.append(set(delivery.layout))
         return self.damage(delivery.manifest, delivery.layout, chunks)  # type: ignore[no-any-return]
 
     def actor(self, engine: Engine) -> Generation:
-        return Generation("generation-3", engine, Digits(), PARAMS, self.fetch, clock=iter(range(1000)).__next__)
+        return Generation(
+            "generation-3", {"policy": engine}, Digits(), PARAMS, self.fetch, clock=iter(range(1000)).__next__
+        )
 
     async def publish(self, version: int, tensors: Mapping[str, Tensor]) -> Manifest:
         return await send(self.store, tensors, version=version, step=version)
@@ -196,12 +200,14 @@ def test_sampling_goes_on_while_weights_are_fetched() -> None:
         wire, arrived, hold = Wire(), asyncio.Event(), asyncio.Event()
         engine = FakeEngine(vocabulary_size=11, eos_token_id=EOS)
 
-        async def slow(version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Chunk]]:
+        async def slow(
+            weights: str, version: int, have: Mapping[str, Content]
+        ) -> tuple[Manifest, Layout, Sequence[Chunk]]:
             arrived.set()
             await hold.wait()
-            return await wire.fetch(version, have)
+            return await wire.fetch(weights, version, have)
 
-        actor = Generation("generation-0", engine, Digits(), PARAMS, slow)
+        actor = Generation("generation-0", {"policy": engine}, Digits(), PARAMS, slow)
         await wire.publish(1, weights(1))
         pull = asyncio.create_task(actor.pull(1))
         await arrived.wait()

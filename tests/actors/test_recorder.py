@@ -30,7 +30,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
     recorder: Recorder, path: Path
 ) -> None:
     recorder.event("failed", "disk full")
-    recorder.load("generation-0", LoadReceipt(4, 0.5, 0.25, 7, moved_bytes=64, moved_tensors=2))
+    recorder.load("generation-0", LoadReceipt(4, 0.5, 0.25, 7, moved_bytes=64, moved_tensors=2), "policy")
     recorder.evaluation({"name": "before", "accuracy": 0.5})
 
     expected = [
@@ -40,6 +40,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
             "time_s": 101.0,
             "kind": "load",
             "actor": "generation-0",
+            "weights": "policy",
             "version": 4,
             "fetch_s": 0.5,
             "pause_s": 0.25,

@@ -63,4 +63,6 @@ def test_a_purpose_keeps_its_number() -> None:
         "TASK": 4,
         "MODEL": 5,
         "WARMUP": 6,
+        "REFERENCE_SAMPLING": 7,
+        "OPPONENT": 8,
     }

@@ -28,9 +28,10 @@ from distrl.manifest import cut, describe, lay_out
 from distrl.messages import BatchGrant, Content, Layout, Manifest, StepReport
 from distrl.rewards import Grade, Grader
 from distrl.sampling import SampleRequest, SamplingParams
+from distrl.schema import Role
 from distrl.staleness import Admission
 from distrl.tasks import Message, Problem
-from distrl.tickets import Ticket
+from distrl.tickets import Ticket, weights_of
 from tests.builders import threaded
 
 GROUP_SIZE = 2
@@ -88,17 +89,23 @@ class InProcessRun:
         await self.coordinator.commit_checkpoint(f"step-{step}", step, version, "0" * 64)
 
     async def publish(self, version: int, step: int) -> None:
-        manifest = await send(self.store, {"weight": torch.tensor([float(step)])}, version=version, step=step)
-        await self.coordinator.published(version, step, manifest.sha256)
+        await self.publish_as("policy", version, step)
+
+    async def publish_as(self, weights: str, version: int, step: int) -> None:
+        tensors = {"weight": torch.tensor([float(step)])}
+        manifest = await send(self.store, tensors, version=version, step=step, weights=weights)
+        await self.coordinator.published(version, step, manifest.sha256, weights)
 
 
-async def send(store: PolicyStore, tensors: Mapping[str, torch.Tensor], *, version: int, step: int) -> Manifest:
+async def send(
+    store: PolicyStore, tensors: Mapping[str, torch.Tensor], *, version: int, step: int, weights: str = "policy"
+) -> Manifest:
     """Publishes in a store without Ray: what it lacks, in chunks of 16 bytes."""
-    manifest = describe(tensors, version=version, step=step)
+    manifest = describe(tensors, version=version, step=step, weights=weights)
     wanted = await store.wanted(manifest)
     layout = lay_out([entry for entry in manifest.tensors if entry.name in wanted], chunk_bytes=16)
     for index, chunk in enumerate(cut(tensors, layout)):
-        await store.add_chunk(version, index, chunk)
+        await store.add_chunk(weights, version, index, chunk)
     await store.publish(manifest, layout)
     return manifest
 
@@ -131,25 +138,33 @@ def build(
     evaluate_every_steps: int = 0,
     draw: Callable[[int], Problem] = _number,
     publish_timeout_s: float = 10.0,
+    other_weights: Sequence[str] = (),
+    own_actors: Sequence[Role] = (),
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
-    async def fetch(version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Any]]:
+    async def fetch(weights: str, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Any]]:
         if system.before_fetch is not None:
             await system.before_fetch(version)
-        delivery = await store.fetch(version, have)
+        delivery = await store.fetch(version, have, weights)
         return delivery.manifest, delivery.layout, delivery.chunks
 
     engines = [FakeEngine(vocabulary_size=11, gate=gate, fail=fail) for _ in range(generation_actors)]
+    others = {name: FakeEngine(vocabulary_size=11) for name in other_weights}
     generation, grading, scoring = Pool("generation"), Pool("grading"), Pool("reference")
     for i, engine in enumerate(engines):
-        worker = Generation(f"generation-{i}", engine, Digits(), PARAMS, fetch)
+        worker = Generation(f"generation-{i}", {"policy": engine, **others}, Digits(), PARAMS, fetch)
         generation.add(LocalCaller(f"generation-{i}", worker), slots)
+    own_pools = {role: Pool(role) for role in own_actors}
+    for role, pool in own_pools.items():
+        engines.append(FakeEngine(vocabulary_size=11, gate=gate, fail=fail))
+        worker = Generation(f"{role}-0", {weights_of(role): engines[-1]}, Digits(), PARAMS, fetch)
+        pool.add(LocalCaller(f"{role}-0", worker), slots)
     grading.add(LocalCaller("grading-0", Grading("test", _limited(grader), concurrency=8)), 8)
     scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
     limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, 10, grading_tickets_per_call, 2)
     journal = LocalCaller("journal", Journal(directory / "journal"))
-    pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock())
+    pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock(), own_pools)
     ledger = Ledger(directory / "ledger.sqlite")
     settings = CoordinatorSettings(
         seed=0,
@@ -162,6 +177,7 @@ def build(
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=evaluate_every_steps,
         keep_checkpoints=2,
+        opponents="opponent" in other_weights or Role.OPPONENT in own_actors,
     )
     heldout = [draw(9)]
     prompts = Prompts(draw, heldout, heldout)

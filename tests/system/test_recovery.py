@@ -87,15 +87,12 @@ def test_an_actor_that_joins_pulls_the_newest_weights_before_it_samples(tmp_path
         async def wait(version: int) -> None:
             await hold_pull.wait()
 
-        other.store = system.store
-        other.before_fetch = wait
-        worker._fetch = lambda version, have: fetch(version, have)
-
-        async def fetch(version: int, have: Any) -> Any:
+        async def fetch(weights: str, version: int, have: Any) -> Any:
             await wait(version)
-            delivery = await system.store.fetch(version, have)
+            delivery = await system.store.fetch(version, have, weights)
             return delivery.manifest, delivery.layout, delivery.chunks
 
+        worker._fetch = fetch
         old = system.pipeline.generation.members[0]
         await system.coordinator.join("generation", LocalCaller("generation-1", worker), 8)
         await system.pipeline.lose(system.pipeline.generation, old, "killed")
@@ -159,7 +156,7 @@ async def coordinator_dies(system: InProcessRun, directory: Path, **changes: Any
         engine.caller = old.caller
     await again.coordinator.start()
     for member in again.pipeline.generation.members:
-        await again.coordinator._updates.enter(member)
+        await again.coordinator._updates.enter(again.pipeline.generation, member, again.coordinator._may_load)
     return again
 
 

@@ -52,8 +52,8 @@ def test_a_store_that_lost_everything_is_filled_again_by_the_learner(tmp_path: P
         assert [t.staleness for t in grant.tickets] == [0, 0]
         assert events(system, "published_again") == ["policy version 1: the policy store had lost it"]
         assert events(system, "failed_call") == [
-            "generation-0 pulling version 1: generation-0 keeps policy version 0: policy version 1 must be in the "
-            "store, which has none; pull the newest"
+            "generation-0 pulling policy version 1: generation-0 keeps policy version 0: policy version 1 must be in "
+            "the store, which has none; pull the newest"
         ]
         assert len(system.ledger.versions()) == 2  # filling the store makes no version
 
