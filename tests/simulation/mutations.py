@@ -79,7 +79,7 @@ MUTATIONS = (
     Mutation(
         "a ticket is drawn again under other noise", Ledger, "_return", "int(redraw), ticket_id", "1, ticket_id", 13
     ),
-    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 108),
+    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 44),
     Mutation("a granted ticket may be granted again", Flights, "grant", "self.remove(flight)", "pass", 0),
     Mutation(
         "a drop is not recorded",
