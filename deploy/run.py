@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from deploy.check import RunPlan, check_run
+from deploy.checkpoints import last_checkpoint
 from deploy.coordinator_line import CoordinatorLine
 from deploy.learner import RayTrainGroup
 from deploy.processes import RayProcesses
@@ -42,7 +43,7 @@ def resumable(path: Path) -> tuple[Config, RunDir]:
     Without a checkpoint it goes on from the weights that it began with, and what was sampled stays.
 
     Raises:
-        RefusedError: there is no such run, or it is running or finished.
+        RefusedError: there is no such run, or it is running or finished. RunError: the checkpoint is damaged.
     """
     run_dir = find_run(path)
     state = read_state(run_dir)
@@ -52,6 +53,7 @@ def resumable(path: Path) -> tuple[Config, RunDir]:
         raise RefusedError(
             f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
         )
+    last_checkpoint(run_dir)  # its files are verified before anything is started
     return load_config(run_dir.config), run_dir
 
 
