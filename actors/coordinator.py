@@ -305,6 +305,8 @@ class Coordinator:
             trained = self._dispatcher.flights.trained(report.step, staleness_by_ticket)
             self._step = report.step
             rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
+            if report.skipped is not None:
+                self._recorder.event("skipped_step", report.skipped)
             self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
         return self._updates.expect(version)
 

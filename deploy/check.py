@@ -14,11 +14,12 @@ from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
+from learners.optimizer import OptimizerSettings, check_schedule
 
 SAMPLED = {"v_star": Role.REFERENCE, "preference": Role.OPPONENT}
 """Columns that need responses of others than the policy, with whose."""
 
-PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
+PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values"})
 """Models and columns that a run can produce for an objective."""
 
 
@@ -48,6 +49,21 @@ def build_recipe(config: Config) -> Recipe:
     return build(config.objective.recipe, **config.objective.options)
 
 
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    """The optimizer's part of the config."""
+    t = config.train
+    return OptimizerSettings(
+        t.learning_rate,
+        t.lr_warmup_steps,
+        t.weight_decay,
+        t.betas,
+        t.max_grad_norm,
+        t.lr_schedule,
+        t.lr_schedule_options,
+        t.steps,
+    )
+
+
 def check_run(config: Config) -> RunPlan:
     """Loads what can be loaded cheaply and refuses what could not run or would train something else than it says.
 
@@ -62,6 +78,7 @@ def check_run(config: Config) -> RunPlan:
     recipe = build_recipe(config)
     check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=PRODUCED)
     check_heldout(config, task)
+    _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
@@ -136,6 +153,27 @@ def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") 
     )
 
 
+def _check_learner(config: Config, longest_prompt: int) -> None:
+    """
+    Raises:
+        ConfigError: a response may be too long for a micro-batch, or the learning rate has no such schedule.
+    """
+    check_schedule(optimizer_settings(config))
+    t = config.train
+    longest = longest_prompt + config.rollout.max_new_tokens
+    if longest > t.micro_batch_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens must be >= the longest prompt ({longest_prompt} tokens) with "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}), {longest}, got {t.micro_batch_tokens}; raise "
+            "it, or lower data.max_prompt_tokens"
+        )
+    if config.lora.rank == 0 and config.lora.targets:
+        raise ConfigError(
+            f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
+            "are trained"
+        )
+
+
 def check_graders(config: Config, task: Task) -> Graders:
     """The run's graders by name.
 
@@ -206,8 +244,7 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
         "a time each",
         f"scores    {reference}",
-        f"learns    1 learner, AdamW at {c.train.learning_rate:g}, a checkpoint every {c.train.checkpoint_every_steps} "
-        "steps",
+        _explain_learner(config),
         f"evaluates {c.evaluation.problems} held-out problems before and after"
         + (
             f", {c.evaluation.problems_during} every {c.evaluation.every_steps} steps"
@@ -216,3 +253,14 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         ),
         f"keeps     {c.run_dir}",
     ]
+
+
+def _explain_learner(config: Config) -> str:
+    t = config.train
+    workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
+    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+    schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
+    return (
+        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "
+        f"every {t.checkpoint_every_steps} steps"
+    )

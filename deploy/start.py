@@ -20,7 +20,8 @@ def start_ray() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=False,
-        resources={RESOURCE: 1},
+        # Only for learners, which do not count CPUs; as many as anybody may ask for.
+        resources={RESOURCE: 1024},
         namespace="distrl",
     )
     return True
