@@ -21,6 +21,7 @@ from actors.policy_versions import PolicyVersions
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
+from actors.turns import Turns
 from actors.updates import Unversioned, Updates
 from actors.waits import WaitReport, blame
 from distrl.errors import LedgerError, RunError
@@ -80,6 +81,11 @@ class Coordinator:
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
         self._recovered = asyncio.Event()
+        self._turns = (
+            Turns([pipeline.generation, *pipeline.own_pools.values()], settings.updates.sync_timeout_s)
+            if settings.turns
+            else None
+        )
         self.done = asyncio.Event()
         pipeline.on_loss = lambda member, cause: recorder.event("lost", f"{member.name}: {cause}")
 
@@ -95,7 +101,7 @@ class Coordinator:
         self._started = True
         for pool, updates, may_load in self._followed():
             for member in pool.members:
-                self._outcome.spawn(updates.follow(pool, member, may_load))
+                self._outcome.spawn(updates.follow(pool, member, may_load, self._awake))
         self._outcome.spawn(self._go_on() if self._resumed else self._begin())
 
     async def join(self, stage: str, caller: Caller, capacity: int) -> None:
@@ -107,9 +113,13 @@ class Coordinator:
             if member in pool.members:
                 await updates.enter(pool, member, may_load)
                 if self._started:
-                    self._outcome.spawn(updates.follow(pool, member, may_load))
+                    self._outcome.spawn(updates.follow(pool, member, may_load, self._awake))
         self._recorder.event("joined", caller.name)
         await self._crew.changed()
+
+    @property
+    def _awake(self) -> asyncio.Event | None:
+        return None if self._turns is None else self._turns.awake
 
     def _followed(self) -> Iterator[tuple[Pool, Updates, asyncio.Event]]:
         """Pools whose members are kept at the newest weights, with what keeps them, and when they may load."""
@@ -226,6 +236,8 @@ class Coordinator:
         await self._hear(session)
         if again:
             return await self._grant_again(step)
+        if self._turns is not None:
+            await self._turns.to_generation()  # a learner that asks has given its memory back
         began = self._learner_waits_since = self._clock()
         async with self._outcome.changed:
             while not (batch := self._dispatcher.choose(self._step)) and not self._stopping:
@@ -244,6 +256,8 @@ class Coordinator:
         now = self._clock()
         self._waits.add(blame((began, now), last.timeline))
         self._ledger.record_wait(last.ticket.ticket_id, step, now - began)
+        if self._turns is not None:
+            await self._turns.to_learner()
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._dispatcher.issue()
@@ -371,6 +385,8 @@ class Coordinator:
         """A checkpoint is complete on disk: its tickets are committed with it. Telling it again changes nothing."""
         await self._hear(session)
         tickets = self._ledger.commit_checkpoint(path, step=step, version=version, sha256=sha256)
+        if self._turns is not None and step == self._settings.steps:
+            await self._turns.to_generation()  # for the last evaluation; the learner has nothing left to do
         self._recorder.event("checkpoint", f"step {step}, {tickets} tickets committed: {path}")
         # The ledger gives a checkpoint up before its files go: a crash between the two leaves files, not a gap.
         for old in self._ledger.remove_checkpoints(self._settings.keep_checkpoints):

@@ -139,6 +139,7 @@ class Dispatcher:
             group_size=self._settings.group_size,
             stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
             messages=problem.messages,
+            v_star=self._prompts.values.get(prompt_id),
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
 

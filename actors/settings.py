@@ -1,7 +1,7 @@
 """What the coordinator is told when it begins."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from actors.updates import UpdateLimits
 from distrl.staleness import Admission
@@ -22,6 +22,8 @@ class CoordinatorSettings:
     drops_in_a_row: int
     evaluate_every_steps: int
     keep_checkpoints: int
+    turns: bool = False
+    """Whether generation and learner take turns on one device; only with a staleness bound of 0."""
     opponents: bool = False
     """Whether something is sampled from weights that are published for opponents."""
 
@@ -35,3 +37,5 @@ class Prompts:
     heldout: Sequence[Problem]
     """For the evaluations before and after training."""
     heldout_during: Sequence[Problem]
+    values: Mapping[str, float] = field(default_factory=dict)
+    """V* by prompt id; empty where the objective reads none."""

@@ -122,26 +122,28 @@ class Updates:
 
     # The actors' side -------------------------------------------------------------------------------------------
 
-    async def follow(self, pool: Pool, member: Member, may_load: asyncio.Event) -> None:
+    async def follow(self, pool: Pool, member: Member, *may_load: asyncio.Event | None) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound.
 
         Returns when the actor has left the pool.
 
         Args:
-            may_load: no pull begins while it is not set, but that of an actor which may not sample before.
+            may_load: no pull begins while one of these is not set. The first does not hold up an actor that may not
+                sample before it has loaded.
         Raises:
             DeadlineError: too many pulls failed in a row; names the actor, the version and the last cause.
         """
         failures = 0
+        gates = [gate for gate in may_load if gate is not None]
         while True:
-            if not member.behind:
-                await may_load.wait()
+            for gate in gates[member.behind :]:
+                await gate.wait()
             async with self._changed:
                 while member in pool.members and (self.paused or self.is_up_to_date(member)):
                     await self._changed.wait()
             if member not in pool.members:
                 return
-            if not (may_load.is_set() or member.behind):
+            if not all(gate.is_set() for gate in gates[member.behind :]):
                 continue
             target = self._versions.published
             try:

@@ -3,23 +3,25 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from deploy.roles import own_actors
+from deploy.roles import generation_actors, own_actors
+from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.errors import ConfigError
 from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
+from distrl.placement import Claim, check_shares
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
 from learners.optimizer import OptimizerSettings, check_schedule
 
-SAMPLED = {"v_star": Role.REFERENCE, "preference": Role.OPPONENT}
-"""Columns that need responses of others than the policy, with whose."""
+SAMPLED = {"preference": Role.OPPONENT}
+"""Columns that need responses of others than the policy while a run trains, with whose."""
 
-PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values"})
+PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"})
 """Models and columns that a run can produce for an objective."""
 
 
@@ -36,6 +38,8 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    values: RunValues
+    """Optimal values of the prompts, where the objective reads them."""
     samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
     """Roles that generation actors sample for."""
 
@@ -88,17 +92,22 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    values = check_values(config, recipe, graders, task)
     needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
     samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
-    _check_actors(config, samples)
+    # Values are sampled before the run, by distrl vstar and the same config.
+    before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
+    _check_actors(config, samples | before)
+    check_placement(config, samples)
     return RunPlan(
         graders,
         scores_reference,
         recipe,
-        len(task.train),
+        len(task.train) - len(values.unsolved),
         len(task.heldout),
         lengths.left_out,
         lengths.longest,
+        values,
         samples,
     )
 
@@ -130,6 +139,46 @@ def _check_actors(config: Config, samples: frozenset[Role]) -> None:
                 f"generation.{role}_actors must be 0 for objective.recipe {config.objective.recipe} as configured, got "
                 f"{actors}; nothing is sampled for that role: remove it"
             )
+
+
+def check_placement(config: Config, samples: frozenset[Role]) -> None:
+    """Refuse what no cluster could run; whether a certain one can, is known when it is there.
+
+    Raises:
+        ConfigError: names the key, and the shortfall where it is one.
+    """
+    p = config.placement
+    if p.mode == "cpu":
+        return
+    if config.generation.engine == "transformers":
+        raise ConfigError(
+            f"placement.mode must be cpu for generation.engine transformers, which runs on the CPU, got {p.mode}; "
+            "leave it out, or take another engine"
+        )
+    if p.mode == "turns" and config.train.max_staleness != 0:
+        raise ConfigError(
+            f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
+            "and learner never work at the same time there, and an asynchronous run needs that they do"
+        )
+    if p.mode != "separate" and config.train.device == "cuda":
+        raise ConfigError(
+            f"train.device must be cpu for placement.mode {p.mode}, got cuda; the learner takes a whole GPU and does "
+            "not share it: set placement.mode=separate"
+        )
+    for key in ("gpu_memory_utilization", "enable_sleep_mode"):
+        if p.mode != "separate" and key in config.generation.engine_args:
+            raise ConfigError(
+                f"generation.engine_args.{key} must not be set for placement.mode {p.mode}, which sets it, got "
+                f"{config.generation.engine_args[key]!r}; set placement.generation_share instead"
+            )
+    if p.mode != "separate" and config.generation.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"generation.tensor_parallel_size must be 1 for placement.mode {p.mode}, where there is one GPU, got "
+            f"{config.generation.tensor_parallel_size}; set placement.mode=separate"
+        )
+    actors = sum(generation_actors(config, samples).values())
+    if p.mode == "shared":
+        check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
@@ -209,6 +258,17 @@ def check_heldout(config: Config, task: Task) -> None:
         )
 
 
+def _places(config: Config, plan: RunPlan) -> list[str]:
+    """The run's GPUs in words; no line for a CPU run."""
+    p, actors = config.placement, sum(generation_actors(config, plan.samples).values())
+    how = {
+        "separate": f"{config.generation.tensor_parallel_size} GPU(s) for each of {actors} generation actor(s)",
+        "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
+        "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
+    }
+    return [] if p.mode == "cpu" else [f"places    {how[p.mode]}"]
+
+
 def explain(config: Config, plan: RunPlan) -> list[str]:
     """The run in words, one line per part."""
     c = config
@@ -230,6 +290,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         if c.data.max_prompt_tokens is not None
         else ""
     )
+    if plan.values.unsolved:
+        left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "
@@ -251,6 +313,7 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
             if c.evaluation.every_steps
             else ""
         ),
+        *_places(c, plan),
         f"keeps     {c.run_dir}",
     ]
 

@@ -21,6 +21,7 @@ from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
 from deploy.commands.recipes import recipes
+from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -80,7 +81,7 @@ def resume(run: RunPath) -> None:
     from deploy.progress import Terminal
     from deploy.run import resumable, resume_training
 
-    config, _ = resumable(run)
+    config, _, _ = resumable(run)
     resume_training(run, Terminal(Console(), config.train.steps, config.run.name))
 
 
@@ -137,6 +138,7 @@ app.command()(export)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)
+app.command()(vstar)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import RunPlan
+from deploy.placement import Reservation
 from deploy.remote.coordinator import CoordinatorActor
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
@@ -64,8 +65,9 @@ class RayProcesses:
     once. The unique ones have `max_restarts=-1`, because the learner, the stages and the driver hold their handles.
     """
 
-    def __init__(self, config: Config, run_dir: RunDir, plan: RunPlan) -> None:
+    def __init__(self, config: Config, run_dir: RunDir, plan: RunPlan, reservation: Reservation) -> None:
         self._config = config
+        self._reservation = reservation
         self._run_dir = run_dir
         self._plan = plan
         self.store = self._make(PolicyStoreActor, {"max_restarts": -1})
@@ -77,7 +79,7 @@ class RayProcesses:
             run_dir,
             self.journal,
             plan.scores_reference,
-            plan.left_out,
+            plan.left_out | plan.values.unsolved,
             plan.samples,
         )
 
@@ -95,7 +97,7 @@ class RayProcesses:
         return {"policy-store": self.store, "journal": self.journal, "coordinator": self.coordinator}
 
     def start(self, stage: str, name: str) -> Any:
-        options = {"max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        options = {"max_restarts": 0, "scheduling_strategy": "SPREAD", **self._reservation.options(stage)}
         weights = weights_of_stage(self._config, self._plan.samples, stage)
         if weights is not None:
             return self._make(GenerationActor, options, self._config, name, self.store, weights)

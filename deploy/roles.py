@@ -31,10 +31,15 @@ def weights_by_role(config: Config, samples: frozenset[Role]) -> dict[Role, tupl
     return {Role.POLICY: tuple(sorted({weights_of(Role.POLICY)} | shared)), **apart}
 
 
+def generation_actors(config: Config, samples: frozenset[Role]) -> dict[Role, int]:
+    """Generation actors by the role whose they are; those of the policy also sample for roles without any."""
+    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
+    return {role: counts[role] for role in weights_by_role(config, samples)}
+
+
 def generation_counts(config: Config, samples: frozenset[Role]) -> dict[str, int]:
     """Generation actors by stage."""
-    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
-    return {GENERATION_STAGES[role]: counts[role] for role in weights_by_role(config, samples)}
+    return {GENERATION_STAGES[role]: count for role, count in generation_actors(config, samples).items()}
 
 
 def weights_of_stage(config: Config, samples: frozenset[Role], stage: str) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint
 from deploy.coordinator_line import CoordinatorLine
 from deploy.learner import RayTrainGroup
+from deploy.placement import reserve
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
 from deploy.roles import generation_counts
@@ -37,8 +38,8 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
     return _run(config, plan, create_run_dir(config), progress or Silent())
 
 
-def resumable(path: Path) -> tuple[Config, RunDir]:
-    """What is needed to go on with a run: its config and its directory.
+def resumable(path: Path) -> tuple[Config, RunDir, Path | None]:
+    """What is needed to go on with a run: its config, its directory, and the checkpoint that its ledger names last.
 
     Without a checkpoint it goes on from the weights that it began with, and what was sampled stays.
 
@@ -53,8 +54,7 @@ def resumable(path: Path) -> tuple[Config, RunDir]:
         raise RefusedError(
             f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
         )
-    last_checkpoint(run_dir)  # its files are verified before anything is started
-    return load_config(run_dir.config), run_dir
+    return load_config(run_dir.config), run_dir, last_checkpoint(run_dir)
 
 
 def resume_training(path: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def resume_training(path: Path, progress: Progress | None = None) -> dict[str, A
     Raises:
         RefusedError: it cannot be resumed (see `resumable`). RunError: it failed.
     """
-    config, run_dir = resumable(path)
+    config, run_dir, _ = resumable(path)
     return _run(config, check_run(config), run_dir, progress or Silent())
 
 
@@ -95,7 +95,8 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> 
 def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> dict[str, Any]:
     """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
-    processes = RayProcesses(config, run_dir, plan)
+    reservation = reserve(config, plan)
+    processes = RayProcesses(config, run_dir, plan, reservation)
     line = CoordinatorLine(processes.coordinator)
     supervisor = Supervisor(processes, line.tell, wanted(config, plan), config.limits)
     group = RayTrainGroup(config, run_dir, processes.coordinator, processes.store)
@@ -108,6 +109,7 @@ def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progre
         group.stop(timeout_s=STOP_S)
         for process in supervisor.processes():
             processes.end(process.handle)
+        reservation.release()
 
 
 def wanted(config: Config, plan: RunPlan) -> dict[str, int]:

@@ -8,8 +8,12 @@ import ray
 from deploy.learner import RESOURCE, train_environment
 
 
-def start_ray() -> bool:
-    """Starts a local Ray unless this process is connected already; returns whether it did."""
+def start_ray(pretend_gpus: int | None = None) -> bool:
+    """Starts a local Ray unless this process is connected already; returns whether it did.
+
+    Args:
+        pretend_gpus: GPUs that Ray shall count, whatever is there; for tests of the scheduling.
+    """
     train_environment()
     if ray.is_initialized():
         return False
@@ -20,6 +24,7 @@ def start_ray() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=False,
+        num_gpus=pretend_gpus,
         # Only for learners, which do not count CPUs; as many as anybody may ask for.
         resources={RESOURCE: 1024},
         namespace="distrl",

@@ -106,6 +106,17 @@ class GenerationConfig(_Section):
     """Seconds a ticket may take to be sampled before the call counts as failed."""
 
 
+class PlacementConfig(_Section):
+    """Which processes get GPUs, and how they share one."""
+
+    mode: Literal["cpu", "separate", "shared", "turns"] = "cpu"
+    """`cpu`: none gets one. `separate`: each has its own, a generation actor as many as it has parallel processes.
+    `shared`: side by side on one GPU, each with a share of its memory. `turns`: on one GPU, and generation gives its
+    memory back while the learner trains."""
+    generation_share: float = Field(0.5, gt=0, le=1)
+    """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
+
+
 class GradingConfig(_Section):
     """The actors that grade."""
 
@@ -139,6 +150,21 @@ class ObjectiveConfig(_Section):
     """Name of a recipe."""
     options: Mapping[str, float | int | str | bool] = {}
     """Options of that recipe; one that it does not know is refused."""
+
+
+class ValuesConfig(_Section):
+    """Optimal values of the training prompts, which A*-PO reads; `distrl vstar` estimates them once."""
+
+    path: AbsolutePath | None = None
+    """Parquet file of the values: what `distrl vstar` writes, and what a recipe that reads v_star trains with."""
+    responses: int = Field(8, ge=1)
+    """Responses of the reference model per training prompt."""
+    mode: Literal["soft", "mean", "max"] = "soft"
+    """`soft`: beta log mean exp(reward / beta); `mean` and `max` are its limits for large and small `beta`."""
+    beta: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Temperature of `soft`, in units of the reward."""
+    drop_unsolved: bool = False
+    """Trains on the prompts alone that a response of the reference solved."""
 
 
 class LoraConfig(_Section):
@@ -274,9 +300,11 @@ class Config(_Section):
     sandbox: SandboxConfig = SandboxConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
+    placement: PlacementConfig = PlacementConfig()
     grading: GradingConfig = GradingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    vstar: ValuesConfig = ValuesConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -19,7 +19,8 @@ class TrainingBatch:
 
     tokens: PaddedTokens
     tensors: dict[str, Tensor]
-    """By the names of the objective: mask, behavior_logps, ref_logps [B, T]; rewards, group [B]."""
+    """By the names of the objective: mask, behavior_logps, ref_logps [B, T]; rewards, group and,
+    where the run has values, v_star [B]."""
     response_tokens: int
     versions: Tensor
     """[B, T] int64: policy version that each response token names; 0 where there is none."""
@@ -47,6 +48,8 @@ def training_batch(
     }
     if all(reference is not None for _, _, reference in tickets):
         tensors["ref_logps"] = pad_lists(rollouts.column("ref_logps"), mask, torch.float32)
+    if not rollouts.column("v_star").null_count:
+        tensors["v_star"] = torch.from_numpy(rollouts.column("v_star").to_numpy().copy())
     versions = pad_lists(rollouts.column("policy_versions"), mask, torch.int64)
     return TrainingBatch(tokens, tensors, int(mask.sum()), versions, rollouts.column("engine").to_pylist())
 

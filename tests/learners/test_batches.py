@@ -47,6 +47,18 @@ def test_without_reference_columns_there_is_no_tensor_of_them() -> None:
     assert "ref_logps" not in training_batch(tickets(reference=False), PAD).tensors
 
 
+def test_values_are_a_tensor_where_every_rollout_has_one() -> None:
+    def valued(batch: pa.RecordBatch, value: float | None) -> pa.RecordBatch:
+        at = batch.schema.names.index("v_star")
+        column = pa.array([value] * batch.num_rows, type=pa.float64())
+        return batch.set_column(at, batch.schema.field(at), column)
+
+    some = tickets(reference=False)
+    with_values = [(valued(g, v), *rest) for (g, *rest), v in zip(some, (0.5, 0.25, 0.0), strict=True)]
+    assert training_batch(with_values, PAD).tensors["v_star"].tolist() == [0.5, 0.5, 0.25, 0.25, 0.0]
+    assert "v_star" not in training_batch([with_values[0], some[1]], PAD).tensors
+
+
 def test_a_token_that_is_not_learned_from_stays_in_the_sequence() -> None:
     generation, grading, reference = tickets()[0]
     at = generation.schema.names.index("loss_mask")
