@@ -393,9 +393,9 @@ class Coordinator:
             try:
                 await asyncio.to_thread(shutil.rmtree, old.path)
             except OSError as error:
-                self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}")
+                self._recorder.failed_call("checkpoint", f"removing the checkpoint {old.path}: {error}")
             else:
-                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}")
+                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}", removed=True)
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
@@ -430,6 +430,8 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._dispatcher.held.read(),
             **self._crew.report(),
+            "truncated": self._pipeline.truncated,
+            "generated_tokens": self._pipeline.generated_tokens,
             "learner": self._learner.report(),
             "started": self._started,
             "resumed": self._versions.has_past,

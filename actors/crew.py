@@ -63,7 +63,8 @@ class Crew:
     def report(self) -> dict[str, Any]:
         """Members by name with stage, places taken and whether they drain; lost ones with the cause."""
         return {
-            "members": {
+            "members": [member.report(stage) for stage, pool in self._pools.items() for member in pool.members],
+            "crew": {
                 member.name: {"stage": stage, "busy": member.busy, "draining": member.draining}
                 for stage, pool in self._pools.items()
                 for member in pool.members

@@ -200,7 +200,8 @@ class Dispatcher:
             )
 
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
-        self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
+        where = f"ticket {flight.ticket.ticket_id} in {flight.stage}"
+        self._recorder.failed_call(flight.stage, f"{where}: {error}")
         if flight.ticket.role == Role.POLICY:
             self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 

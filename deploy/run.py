@@ -10,6 +10,9 @@ from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint
 from deploy.coordinator_line import CoordinatorLine
 from deploy.learner import RayTrainGroup
+from deploy.metrics.boards import check_wandb
+from deploy.metrics.endpoint import check_port
+from deploy.metrics.run import RunMetrics
 from deploy.placement import reserve
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
@@ -35,6 +38,8 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
         RefusedError: the run's directory exists. RunError: the run failed; the message has the cause.
     """
     plan = check_run(config)
+    check_wandb(config)
+    check_port(config.metrics)
     return _run(config, plan, create_run_dir(config), progress or Silent())
 
 
@@ -72,11 +77,11 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> 
     lock = claim(run_dir)
     outcome = RunState.FAILED
     try:
-        with progress:
+        with progress, RunMetrics(config, run_dir) as metrics:
             progress.phase("starting Ray")
             own_ray = start_ray()
             try:
-                snapshot = _run_actors(config, plan, run_dir, progress)
+                snapshot = _run_actors(config, plan, run_dir, progress, metrics)
             except BaseException:
                 progress.line(f"what the processes of the run wrote: {log_directory()}")
                 raise
@@ -92,7 +97,9 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> 
     return summary
 
 
-def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> dict[str, Any]:
+def _run_actors(
+    config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress, metrics: RunMetrics
+) -> dict[str, Any]:
     """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
     reservation = reserve(config, plan)
@@ -102,7 +109,7 @@ def _run_actors(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progre
     group = RayTrainGroup(config, run_dir, processes.coordinator, processes.store)
     group.start()
     try:
-        return Watch(config, run_dir, supervisor, line, group, progress).until_the_end()
+        return Watch(config, run_dir, supervisor, line, group, progress, metrics).until_the_end()
     finally:
         # A learner that still waits for a batch gets an error for it, so that its group ends before Ray does.
         processes.coordinator.abort.remote("the run has ended")

@@ -136,7 +136,7 @@ class Supervisor:
             if name in by_name and by_name[name].state in (State.UP, State.DRAINING):
                 self._replace(by_name[name], cause)
             self._tell("leave", name, cause)
-        members = snapshot["members"]
+        members = snapshot["crew"]
         for name in members.keys() - by_name.keys():
             self._tell("leave", name, "its process was ended")
         for process in list(self._crew.values()):

@@ -5,6 +5,7 @@ from typing import Any
 
 from deploy.coordinator_line import CoordinatorLine
 from deploy.interrupt import stop_on_interrupt
+from deploy.metrics.run import RunMetrics
 from deploy.process_table import write_processes
 from deploy.progress import Progress
 from deploy.run_dir import RunDir
@@ -28,7 +29,9 @@ class Watch:
         line: CoordinatorLine,
         group: LearnerGroup,
         progress: Progress,
+        metrics: RunMetrics,
     ) -> None:
+        self._metrics = metrics
         self._run_dir = run_dir
         self._supervisor = supervisor
         self._line = line
@@ -72,6 +75,7 @@ class Watch:
             self._progress.phase("going on" if snapshot["resumed"] else "evaluating the model before training")
         if snapshot["records"]:
             self._seen = snapshot["records"][-1]["number"]
+        self._metrics.update(snapshot)
         self._progress.update(snapshot)
         if warning := self._stall.look(snapshot, now):
             self._progress.line(warning)

@@ -81,7 +81,7 @@ class FakeCoordinator:
 
     def snapshot(self) -> dict[str, Any]:
         return {
-            "members": {name: dict(member) for name, member in self.members.items()},
+            "crew": {name: dict(member) for name, member in self.members.items()},
             "lost": dict(self.lost),
             "started": self.started,
             "learner": {"where": self.learner},
