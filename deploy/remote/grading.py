@@ -1,6 +1,7 @@
 """The grading actor."""
 
 from actors.grading import Grading
+from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.graders.build import Graders, build_graders, describe, resources
 from distrl.graders.registry import importable_from
@@ -15,7 +16,7 @@ def run_judge(config: Config) -> Judge | None:
     return make_judge(preference.function, symmetrize=preference.symmetrize, scale=preference.scale)
 
 
-class GradingActor(Grading):
+class GradingActor(Grading, Located):
     """`Grading` with the run's graders.
 
     Args:
