@@ -81,6 +81,7 @@ class Generation:
             ticket_id=ticket.ticket_id,
             rollouts=len(samples),
             response_tokens=sum(len(s.token_ids) for s in samples),
+            truncated=sum(s.finish_reason == "length" for s in samples),
             versions=tuple(sorted({v for s in samples for v in s.versions})),
             bytes=batch.nbytes,
             started_s=started_s,
@@ -172,6 +173,11 @@ class Generation:
         except BaseException:
             self._have[weights] = {}  # how far the engine got is not known: the next pull is of everything
             raise
+
+    @ray.method
+    async def policy_version(self, weights: str = POLICY_WEIGHTS) -> int:
+        """The version of some weights that it samples from now."""
+        return self._engine(weights).version
 
     @ray.method
     async def sleep(self) -> None:

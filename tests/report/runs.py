@@ -216,7 +216,9 @@ def _step(
     clock.now += 0.25
     ledger.mark_published(version, f"sha-{version}")
     clock.now += 0.25
-    recorder.load("generation-0", LoadReceipt(version=version, fetch_s=0.125, pause_s=0.0625, sequences_in_flight=1))
+    recorder.load(
+        "generation-0", LoadReceipt(version=version, fetch_s=0.125, pause_s=0.0625, sequences_in_flight=1), "policy"
+    )
 
 
 def _evaluate(made: MadeRun, ledger: Ledger, recorder: Recorder, name: str, step: int) -> None:
