@@ -376,7 +376,7 @@ def test_a_run_whose_store_dies_before_anybody_has_the_new_weights_goes_on(
                 os.kill(os.getpid(), signal.SIGKILL)
             return await super().fetch(version, have, weights)
 
-    monkeypatch.setattr("deploy.start.PolicyStoreActor", DiesOnce)
+    monkeypatch.setattr("deploy.processes.PolicyStoreActor", DiesOnce)
     values = setting.config.model_dump(mode="json")
     values["run"] |= {"dir": str(tmp_path), "name": "run"}
     values["data"] |= {"heldout_size": 8, "options": {"digits": 4}}
