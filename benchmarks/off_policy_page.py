@@ -162,7 +162,7 @@ def findings(results: Sequence[Result]) -> list[str]:
         + "."
     )
     stale = [regime for regime in REGIMES if regime != "lag-0"]
-    ranks = {TITLES[r]: sorted(OBJECTIVES, key=lambda o: -_mean(of(results, o, r)))[:2] for r in stale}  # noqa: B023
+    ranks = {TITLES[r]: sorted(OBJECTIVES, key=lambda o: -_mean(of(results, o, r)))[:2] for r in stale}
     lines.append(
         "- Highest mean accuracies on stale data: "
         + "; ".join(f"{title}: {LABELS[first]}, then {LABELS[second]}" for title, (first, second) in ranks.items())
