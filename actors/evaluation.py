@@ -5,14 +5,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from actors.flight import Flight
+from actors.beside import Beside
 from actors.pipeline import Grades, Pipeline, TicketFailedError
 from actors.pool import Member
 from distrl.messages import GenerationReceipt
 from distrl.schema import Role
-from distrl.seeding import Purpose
 from distrl.tasks.problem import Problem
-from distrl.tickets import Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +45,37 @@ class Evaluator:
 
     def __init__(self, pipeline: Pipeline, seed: int, clock: Callable[[], float]) -> None:
         self._pipeline = pipeline
-        self._seed = seed
-        self._clock = clock
+        self._beside = Beside(pipeline, seed, clock)
+        self._pool = pipeline.pool_of(Role.EVALUATION)
+        self.apart = Role.EVALUATION in pipeline.own_pools
+        """Whether it has generation actors of its own. They stay at one version until an evaluation has ended, and
+        training goes on meanwhile."""
+        self.may_load = asyncio.Event()
+        """Set while actors of its own may go on to newer weights."""
+        self._running = asyncio.Lock()
 
-    async def run(
-        self, name: str, problems: Sequence[Problem], step: int, fits: Callable[[Member], bool]
-    ) -> Evaluation:
-        """Evaluates on `problems` with the members that fit.
+    async def run(self, name: str, problems: Sequence[Problem], step: int) -> Evaluation:
+        """Evaluates on `problems` with weights of optimizer step `step` or newer.
 
         Raises:
             TicketFailedError: no problem at all could be graded; carries the last cause.
         """
+        if not self.apart:
+            return await self._evaluate(name, problems, step)
+        async with self._running:
+            self.may_load.set()
+            await self._pool.wait_all(lambda member: member.step >= step)
+            self.may_load.clear()
+            try:
+                # They may have gone on while an evaluation before this one was running.
+                return await self._evaluate(name, problems, min(member.step for member in self._pool.members))
+            finally:
+                self.may_load.set()
+
+    async def _evaluate(self, name: str, problems: Sequence[Problem], step: int) -> Evaluation:
+        def fits(member: Member) -> bool:
+            return member.step >= step
+
         waiting = iter(enumerate(problems))
         results: list[tuple[GenerationReceipt, Grades]] = []
         failures: list[TicketFailedError] = []
@@ -69,9 +87,9 @@ class Evaluator:
                 except TicketFailedError as error:
                     failures.append(error)
 
-        places = sum(m.capacity for m in self._pipeline.generation.members)
+        places = sum(m.capacity for m in self._pool.members)
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(places, len(problems))):
+            for _ in range(min(max(1, places), len(problems))):
                 group.create_task(worker())
         if not results:
             raise failures[-1]
@@ -93,16 +111,5 @@ class Evaluator:
     async def _one(
         self, index: int, problem: Problem, fits: Callable[[Member], bool]
     ) -> tuple[GenerationReceipt, Grades]:
-        ticket = Ticket(
-            ticket_id=index,
-            redraw=0,
-            prompt_id=problem.prompt_id,
-            prompt=problem.prompt,
-            role=Role.EVALUATION,
-            group_size=1,
-            stream=(self._seed, int(Purpose.EVALUATION), index, 0),
-            messages=problem.messages,
-        )
-        flight = Flight(ticket, problem, oldest_step=0, issued_s=self._clock())
-        receipt = await self._pipeline.sample(flight, None, fits)
-        return receipt, await self._pipeline.grade(flight)
+        sampled = await self._beside.sample(Role.EVALUATION, index, problem, 1, fits)
+        return sampled.receipt, await self._pipeline.grade(sampled.flight)

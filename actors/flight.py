@@ -24,10 +24,14 @@ class Flight:
     grading: Any = None
     reference: Any = None
     bytes: int = 0
+    versions: tuple[int, ...] = ()
+    """All policy versions that sampled one of its tokens."""
     oldest_version: int = 0
     newest_version: int = 0
     reward_mean: float = 0.0
     response_tokens: int = 0
+    losses: int = 0
+    """Workers that died while they had it."""
     timeline: list[Span] = field(default_factory=list)
     """What was done to it when, for the report of who waits for whom."""
 

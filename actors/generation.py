@@ -2,22 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import ray
 
-from distrl.errors import PolicyError
+from distrl.errors import PolicyError, StageError
 from distrl.manifest import unpack
-from distrl.messages import Chunk, GenerationReceipt, LoadReceipt, Manifest
-from distrl.sampling import Engine, Sample, SampleRequest, SamplingParams
+from distrl.messages import Chunk, Content, GenerationReceipt, Layout, LoadReceipt, Manifest
+from distrl.sampling import Engine, LoadReport, Sample, SampleRequest, SamplingParams, Sleeper
 from distrl.schema import Stage, record_batch
 from distrl.tasks.problem import Message
-from distrl.tickets import Ticket
+from distrl.tickets import POLICY_WEIGHTS, Ticket, weights_of
 
-Fetch = Callable[[int], Awaitable[tuple[Manifest, list[Chunk]]]]
-"""Gets a published version from the policy store: its manifest and the bytes."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Fetch = Callable[[str, int, Mapping[str, Content]], Awaitable[tuple[Manifest, Layout, Sequence[Chunk]]]]
+"""Gets a published version of some weights from the policy store, without the tensors that are here already (by name):
+its manifest and the bytes. Has a deadline of its own."""
 
 
 class Text(Protocol):
@@ -35,6 +39,7 @@ class Generation:
 
     Args:
         name: of this worker, for messages and the `engine` column.
+        engines: by the name of the weights that they hold, see `distrl.tickets.weights_of`.
         fetch: how to get a published version; called while sampling goes on.
         clock: seconds since the epoch.
     """
@@ -42,39 +47,42 @@ class Generation:
     def __init__(
         self,
         name: str,
-        engine: Engine,
+        engines: Mapping[str, Engine],
         text: Text,
         params: SamplingParams,
         fetch: Fetch,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._name = name
-        self._engine = engine
+        self._engines = engines
         self._text = text
         self._params = params
         self._fetch = fetch
         self._clock = clock
         self._loading = asyncio.Lock()
+        # What each engine holds, as far as it came from the store.
+        self._have: dict[str, Mapping[str, Content]] = {name: {} for name in engines}
 
     @ray.method(num_returns=2)
     async def generate(self, ticket: Ticket) -> tuple[GenerationReceipt, pa.RecordBatch]:
         """Samples `ticket.group_size` responses.
 
         Raises:
-            StageError: the engine cannot sample the prompt. SchemaError: it answered something impossible.
+            StageError: the engine cannot sample the prompt, or no engine here has the weights of the ticket's role.
+            SchemaError: the engine answered something impossible.
         """
         started_s = self._clock()
         prompt = self._text.encode(ticket.prompt, ticket.messages)
         name = f"{ticket.role[0]}{ticket.ticket_id}.{ticket.redraw}"
         request = SampleRequest(name, prompt, ticket.group_size, self._params, ticket.stream)
-        samples = await self._engine.sample(request)
+        samples = await self._engine(weights_of(ticket.role)).sample(request)
         batch = self._batch(ticket, prompt, samples, started_s)
         receipt = GenerationReceipt(
             ticket_id=ticket.ticket_id,
             rollouts=len(samples),
             response_tokens=sum(len(s.token_ids) for s in samples),
-            oldest_version=min(s.versions[0] for s in samples),
-            newest_version=max(s.versions[-1] for s in samples),
+            truncated=sum(s.finish_reason == "length" for s in samples),
+            versions=tuple(sorted({v for s in samples for v in s.versions})),
             bytes=batch.nbytes,
             started_s=started_s,
             finished_s=self._clock(),
@@ -104,29 +112,98 @@ class Generation:
             "top_k": [self._params.top_k] * rows,
             "max_new_tokens": [self._params.max_new_tokens] * rows,
             "engine": [self._name] * rows,
+            "v_star": [ticket.v_star] * rows,
             "generation_started_s": [started_s] * rows,
             "generation_finished_s": [self._clock()] * rows,
         }
         return record_batch(Stage.GENERATION, columns)
 
+    def _engine(self, weights: str) -> Engine:
+        if weights not in self._engines:
+            raise StageError(
+                f"{self._name} must hold the weights {weights!r} to sample from them, it has "
+                f"{', '.join(self._engines)}; start it with those weights"
+            )
+        return self._engines[weights]
+
     @ray.method
-    async def pull(self, version: int) -> LoadReceipt:
+    async def pull(self, version: int, weights: str = POLICY_WEIGHTS) -> LoadReceipt:
         """Fetches and verifies a published version while sampling goes on, then loads it between two decode steps.
+
+        Only tensors that differ from those of the last pull are fetched, where the engine can load some alone.
 
         Raises:
             PolicyError: the store does not have it, its bytes are damaged, or a tensor does not fit; the old
-                weights stay.
+                weights stay, and the message says which. DeadlineError: the store was not quick enough.
         """
+        engine = self._engine(weights)
         async with self._loading:
             began = self._clock()
-            manifest, chunks = await self._fetch(version)
-            if manifest.version != version:
-                raise PolicyError(f"{self._name} asked for policy version {version}, got {manifest.version}")
-            tensors = await asyncio.to_thread(unpack, manifest, chunks)
-            fetched = self._clock()
-            report = await self._engine.load(version, tensors)
-            return LoadReceipt(version, fetched - began, report.pause_s, report.sequences_in_flight)
+            try:
+                manifest, tensors = await self._verified(weights, version)
+                fetched = self._clock()
+                report = await self._load(weights, version, tensors)
+            except PolicyError as error:
+                raise type(error)(f"{self._name} keeps {weights} version {engine.version}: {error}") from error
+            if engine.loads_changes:
+                self._have[weights] = {entry.name: entry.content for entry in manifest.tensors}
+            moved = sum(tensor.nbytes for tensor in tensors.values())
+            return LoadReceipt(
+                version, fetched - began, report.pause_s, report.sequences_in_flight, moved, len(tensors)
+            )
+
+    async def _verified(self, weights: str, version: int) -> tuple[Manifest, "dict[str, Tensor]"]:
+        manifest, layout, chunks = await self._fetch(weights, version, self._have[weights])
+        if (manifest.weights, manifest.version) != (weights, version):
+            raise PolicyError(
+                f"{weights} version {version} was asked for, got {manifest.weights} version {manifest.version}"
+            )
+        # A name that is no longer published would stay as it is in the engine; a whole load refuses it by name.
+        if not self._have[weights].keys() <= {entry.name for entry in manifest.tensors}:
+            self._have[weights] = {}
+            manifest, layout, chunks = await self._fetch(weights, version, {})
+        return manifest, await asyncio.to_thread(unpack, manifest, layout, chunks)
+
+    async def _load(self, weights: str, version: int, tensors: "dict[str, Tensor]") -> LoadReport:
+        changed_only = bool(self._have[weights])
+        try:
+            return await self._engines[weights].load(version, tensors, changed_only=changed_only)
+        except PolicyError:
+            raise  # refused as a whole
+        except BaseException:
+            self._have[weights] = {}  # how far the engine got is not known: the next pull is of everything
+            raise
+
+    @ray.method
+    async def policy_version(self, weights: str = POLICY_WEIGHTS) -> int:
+        """The version of some weights that it samples from now."""
+        return self._engine(weights).version
+
+    @ray.method
+    async def sleep(self) -> None:
+        """Gives the device's memory back, once a pull under way has ended.
+
+        Raises:
+            StageError: an engine cannot, or has requests in flight.
+        """
+        async with self._loading:
+            for weights, engine in self._engines.items():
+                if not isinstance(engine, Sleeper):
+                    raise StageError(
+                        f"{self._name} must have engines that can sleep, {type(engine).__name__} cannot; "
+                        "set placement.mode to another one than turns"
+                    )
+                await engine.sleep()
+                self._have[weights] = {}  # weights may not outlive the sleep
+
+    @ray.method
+    async def wake(self) -> None:
+        """Takes the memory again; the next pull is of everything."""
+        for engine in self._engines.values():
+            if isinstance(engine, Sleeper):
+                await engine.wake()
 
     @ray.method
     async def close(self) -> None:
-        await self._engine.close()
+        for engine in self._engines.values():
+            await engine.close()

@@ -1,37 +1,38 @@
-"""Grading: turns responses into rewards, in threads, so that a slow grader delays only what it grades."""
+"""Grading: turns responses into rewards; a slow or failing grader delays and fails only what it grades."""
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from distrl.errors import StageError
+from distrl.graders.combined import AsyncGrader
+from distrl.graders.grade import Grade, Response, one_each, who_failed
 from distrl.messages import GradingReceipt
-from distrl.rewards import Grade, Grader
 from distrl.schema import Stage, record_batch
 from distrl.tasks.problem import Problem
 
 
 class Grading:
-    """Grades whole tickets with one grader.
+    """Grades whole tickets.
 
     Args:
         grader_name: for the `grader` column.
-        concurrency: tickets graded at the same time, each in a thread.
+        concurrency: tickets graded at the same time.
         clock: seconds since the epoch.
     """
 
     def __init__(
-        self, grader_name: str, grader: Grader, concurrency: int, clock: Callable[[], float] = time.time
+        self, grader_name: str, grader: AsyncGrader, concurrency: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._name = grader_name
         self._grader = grader
         self._clock = clock
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="grader")
+        self._places = asyncio.Semaphore(concurrency)
 
     @ray.method(num_returns=2)
     async def grade(
@@ -39,48 +40,77 @@ class Grading:
     ) -> tuple[GradingReceipt, pa.RecordBatch]:
         """Grades the rollouts of several tickets, one generation batch each.
 
+        A ticket that cannot be graded is named in the receipt, and its rollouts are not in the batch.
+
         Args:
             problems: by prompt id, for every rollout of the batches.
         Raises:
-            StageError: the grader failed; never a reward instead.
+            StageError: no ticket could be graded; never a reward instead.
         """
-        loop = asyncio.get_running_loop()
         started_s = self._clock()
-        graded = await asyncio.gather(
-            *(loop.run_in_executor(self._threads, self._grade_ticket, problems, batch) for batch in batches)
-        )
-        grades = [g for ticket in graded for g in ticket]
+        found = await asyncio.gather(*(self._ticket(problems, batch) for batch in batches))
+        failures = tuple(str(grades) if isinstance(grades, StageError) else None for grades in found)
+        graded = [() if isinstance(grades, StageError) else grades for grades in found]
+        for error in found:
+            if isinstance(error, StageError) and all(failures):
+                raise error
+        ids = [
+            rollout_id
+            for batch, failure in zip(batches, failures, strict=True)
+            for rollout_id in (batch.column("rollout_id").to_pylist() if failure is None else ())
+        ]
         finished_s = self._clock()
-        columns: dict[str, Any] = {
-            "rollout_id": [i for batch in batches for i in batch.column("rollout_id").to_pylist()],
-            "reward": [g.reward for g in grades],
-            "verdict": [g.verdict for g in grades],
-            "reason": [g.reason for g in grades],
-            "components": [list(g.components.items()) for g in grades],
-            "grader": [self._name] * len(grades),
-            "grading_started_s": [started_s] * len(grades),
-            "grading_finished_s": [finished_s] * len(grades),
-        }
-        batch = record_batch(Stage.GRADING, columns)
+        batch = self._batch(ids, [g for ticket in graded for g in ticket], (started_s, finished_s))
         receipt = GradingReceipt(
             reward_sums=tuple(sum(g.reward for g in ticket) for ticket in graded),
             correct=tuple(sum(g.verdict == "correct" for g in ticket) for ticket in graded),
             rollouts=tuple(len(ticket) for ticket in graded),
+            failures=failures,
             bytes=batch.nbytes,
             started_s=started_s,
             finished_s=finished_s,
         )
         return receipt, batch
 
-    def _grade_ticket(self, problems: Mapping[str, Problem], batch: pa.RecordBatch) -> Sequence[Grade]:
-        prompt_ids: list[str] = batch.column("prompt_id").to_pylist()
-        texts: list[str] = batch.column("text").to_pylist()
-        grades = self._grader([problems[p] for p in prompt_ids], texts)
-        if len(grades) != len(texts):
-            raise StageError(
-                f"grader {self._name}: must return one grade per response ({len(texts)}), got {len(grades)}"
-            )
-        for prompt_id, grade in zip(prompt_ids, grades, strict=True):
-            if grade.verdict == "failed":
-                raise StageError(f"grader {self._name} failed on prompt {prompt_id}: {grade.reason}")
+    @ray.method
+    async def close(self) -> None:
+        """Ends the graders' own processes."""
+        self._grader.close()
+
+    def _batch(
+        self, rollout_ids: Sequence[str], grades: Sequence[Grade], time_s: tuple[float, float]
+    ) -> pa.RecordBatch:
+        columns: dict[str, Any] = {
+            "rollout_id": rollout_ids,
+            "reward": [g.reward for g in grades],
+            "verdict": [g.verdict for g in grades],
+            "reason": [g.reason for g in grades],
+            "components": [list(g.components.items()) for g in grades],
+            "grader": [self._name] * len(grades),
+            "grading_started_s": [time_s[0]] * len(grades),
+            "grading_finished_s": [time_s[1]] * len(grades),
+        }
+        return record_batch(Stage.GRADING, columns)
+
+    async def _ticket(self, problems: Mapping[str, Problem], batch: pa.RecordBatch) -> Sequence[Grade] | StageError:
+        rows = [problems[prompt_id] for prompt_id in batch.column("prompt_id").to_pylist()]
+        responses = _responses(batch)
+        try:
+            async with self._places:
+                grades = one_each(self._name, await self._grader.grade(rows, responses), responses)
+            for problem, response, grade in zip(rows, responses, grades, strict=True):
+                if grade.verdict == "failed":
+                    raise StageError(f"{who_failed(self._name, problem, response)}: {grade.reason}")
+        except StageError as error:
+            return error
         return grades
+
+
+def _responses(batch: pa.RecordBatch) -> list[Response]:
+    columns = ("text", "rollout_id", "max_new_tokens", "finish_reason")
+    rows = batch.select(columns).to_pylist()
+    tokens = pc.list_value_length(batch.column("response_token_ids")).to_pylist()
+    return [
+        Response(row["text"], row["rollout_id"], length, row["max_new_tokens"], row["finish_reason"])
+        for row, length in zip(rows, tokens, strict=True)
+    ]

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 from distrl.messages import LoadReceipt, StepReport
+from distrl.tickets import POLICY_WEIGHTS
 
 KEPT = 10_000
 """Records kept in memory; the file has all."""
@@ -23,10 +25,10 @@ class Recorder:
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
+        self._next = 0 if path is None else _take_up(path)
         self._file = None if path is None else path.open("a", buffering=1)
         self._clock = clock
         self._records: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        self._next = 0
 
     def close(self) -> None:
         if self._file is not None:
@@ -36,8 +38,12 @@ class Recorder:
         """The kept records with a number above `number`."""
         return [r for r in self._records if r["number"] > number]
 
-    def event(self, kind: str, message: str) -> None:
-        self._add({"kind": kind, "message": message})
+    def event(self, kind: str, message: str, **more: object) -> None:
+        self._add({"kind": kind, "message": message, **more})
+
+    def failed_call(self, stage: str, message: str) -> None:
+        """A call that failed, and is made again or given up; counted under its stage."""
+        self.event("failed_call", message, stage=stage)
 
     def step(self, report: StepReport, rewards: Sequence[float], staleness: Sequence[int], tokens: int) -> None:
         """One optimizer step: the learner's metrics with the batch's mean reward and staleness."""
@@ -47,9 +53,11 @@ class Recorder:
                 **asdict(report),
                 # JSON has no NaN and no infinity.
                 "metrics": {k: v if math.isfinite(v) else None for k, v in report.metrics.items()},
-                "reward_mean": sum(rewards) / len(rewards),
+                "reward_mean": fmean(rewards),
+                "reward_standard_deviation": pstdev(rewards),
                 "staleness_mean": sum(staleness) / len(staleness),
                 "staleness_max": max(staleness),
+                "staleness_counts": {str(age): n for age, n in sorted(Counter(staleness).items())},
                 "response_tokens": tokens,
             }
         )
@@ -57,8 +65,8 @@ class Recorder:
     def evaluation(self, row: dict[str, object]) -> None:
         self._add({"kind": "evaluation", **row})
 
-    def load(self, actor: str, receipt: LoadReceipt) -> None:
-        self._add({"kind": "load", "actor": actor, **asdict(receipt)})
+    def load(self, actor: str, receipt: LoadReceipt, weights: str = POLICY_WEIGHTS) -> None:
+        self._add({"kind": "load", "actor": actor, "weights": weights, **asdict(receipt)})
 
     def _add(self, record: dict[str, Any]) -> None:
         record = {"number": self._next, "time_s": self._clock(), **record}
@@ -66,3 +74,16 @@ class Recorder:
         self._records.append(record)
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
+
+
+def _take_up(path: Path) -> int:
+    """The number after the file's last record; half a record that a crash left at its end is removed."""
+    if not path.exists():
+        return 0
+    last, end = b"", 0
+    with path.open("r+b") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                last, end = line, end + len(line)
+        file.truncate(end)
+    return int(json.loads(last)["number"]) + 1 if last else 0

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import LocalRef
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
+from actors.updates import UpdateLimits
 from distrl.ledger import Ledger
-from distrl.messages import GenerationReceipt, GradingReceipt, JournalReceipt, LoadReceipt, StepReport
+from distrl.messages import BatchGrant, GenerationReceipt, GradingReceipt, JournalReceipt, LoadReceipt, StepReport
 from distrl.staleness import Admission
 from distrl.tasks.problem import Problem
 
@@ -72,7 +74,7 @@ async def run(directory: Path, actors: int, tickets: int, group_size: int) -> di
         generation.add(InstantStage(f"generation-{i}", group_size), group_size)
     for i in range(max(1, actors // 10)):
         grading.add(InstantStage(f"grading-{i}", group_size), 8)
-    limits = PipelineLimits(2, 0.0, 60, 60, 60, 60, 4, 4)
+    limits = PipelineLimits(2, 0.0, 60, 60, 60, 60, 60, 4, 4)
     pipeline = Pipeline(generation, grading, None, InstantStage("journal", group_size), limits, time.time)
     settings = CoordinatorSettings(
         seed=0,
@@ -80,8 +82,7 @@ async def run(directory: Path, actors: int, tickets: int, group_size: int) -> di
         group_size=group_size,
         admission=Admission(STALENESS, per_step),
         on_stale="wait",
-        call_attempts=2,
-        sync_timeout_s=60,
+        updates=UpdateLimits(attempts=2, retry_delay_s=0.0, sync_timeout_s=60, publish_timeout_s=60),
         ready_bytes=1 << 40,
         drops_in_a_row=8,
         evaluate_every_steps=0,
@@ -96,7 +97,7 @@ async def run(directory: Path, actors: int, tickets: int, group_size: int) -> di
     await coordinator.start()
     for step in range(1, steps + 1):
         grant = await coordinator.next_batch(step)
-        assert grant is not None
+        assert isinstance(grant, BatchGrant)
         report = StepReport(step, 0.0, 0.0, 0.0, {"loss": 0.0})
         version = await coordinator.trained(report, {t.ticket_id: t.staleness for t in grant.tickets})
         await coordinator.published(version, step, "0" * 64)

@@ -1,16 +1,27 @@
 """What a config would run: checked before anything starts, and told in words."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+from deploy.roles import generation_actors, own_actors
+from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.errors import ConfigError
+from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
+from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
+from distrl.placement import Claim, check_shares
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
-from distrl.rewards import check_columns, make_grader
+from distrl.sandbox.bubblewrap import check_sandbox
+from distrl.schema import Role
 from distrl.tasks import Task, load_task
+from learners.optimizer import OptimizerSettings, check_schedule
 
-PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
+SAMPLED = {"preference": Role.OPPONENT}
+"""Columns that need responses of others than the policy while a run trains, with whose."""
+
+PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"})
 """Models and columns that a run can produce for an objective."""
 
 
@@ -18,7 +29,7 @@ PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
 class RunPlan:
     """What follows from a config."""
 
-    grader: str
+    graders: Graders
     scores_reference: bool
     recipe: Recipe
     train_problems: int
@@ -27,6 +38,10 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    values: RunValues
+    """Optimal values of the prompts, where the objective reads them."""
+    samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
+    """Roles that generation actors sample for."""
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -38,21 +53,36 @@ def build_recipe(config: Config) -> Recipe:
     return build(config.objective.recipe, **config.objective.options)
 
 
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    """The optimizer's part of the config."""
+    t = config.train
+    return OptimizerSettings(
+        t.learning_rate,
+        t.lr_warmup_steps,
+        t.weight_decay,
+        t.betas,
+        t.max_grad_norm,
+        t.lr_schedule,
+        t.lr_schedule_options,
+        t.steps,
+    )
+
+
 def check_run(config: Config) -> RunPlan:
     """Loads what can be loaded cheaply and refuses what could not run or would train something else than it says.
 
     Raises:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
+    _check_engine(config)
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
-    grader = _check_grader(config, task)
+    graders = check_graders(config, task)
     recipe = build_recipe(config)
-    # Of a grader of the user's own the range is unknown; ours give rewards in [0, 1].
-    lowest_reward = None if ":" in grader else 0.0
-    check(recipe, lowest_reward=lowest_reward, group_size=config.rollout.group_size, produced=PRODUCED)
+    check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=PRODUCED)
     check_heldout(config, task)
+    _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
@@ -62,9 +92,93 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    values = check_values(config, recipe, graders, task)
+    needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
+    samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
+    # Values are sampled before the run, by distrl vstar and the same config.
+    before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
+    _check_actors(config, samples | before)
+    check_placement(config, samples)
     return RunPlan(
-        grader, scores_reference, recipe, len(task.train), len(task.heldout), lengths.left_out, lengths.longest
+        graders,
+        scores_reference,
+        recipe,
+        len(task.train) - len(values.unsolved),
+        len(task.heldout),
+        lengths.left_out,
+        lengths.longest,
+        values,
+        samples,
     )
+
+
+def _check_engine(config: Config) -> None:
+    if config.generation.engine != "vllm":
+        return
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "generation.engine vllm must have vLLM installed beside distrl, found none; install distrl[vllm] on a "
+            "machine with GPUs, make the environment of docs/vllm.md on one without, or set "
+            "generation.engine=transformers"
+        )
+    if config.generation.engine_args:
+        # Imported here: it takes many seconds.
+        from actors.engines.vllm_start import check_engine_args
+
+        check_engine_args(config.generation.engine_args)
+
+
+def _check_actors(config: Config, samples: frozenset[Role]) -> None:
+    """
+    Raises:
+        ConfigError: generation actors for a role that nothing is sampled for.
+    """
+    for role, actors in own_actors(config).items():
+        if actors and role not in samples:
+            raise ConfigError(
+                f"generation.{role}_actors must be 0 for objective.recipe {config.objective.recipe} as configured, got "
+                f"{actors}; nothing is sampled for that role: remove it"
+            )
+
+
+def check_placement(config: Config, samples: frozenset[Role]) -> None:
+    """Refuse what no cluster could run; whether a certain one can, is known when it is there.
+
+    Raises:
+        ConfigError: names the key, and the shortfall where it is one.
+    """
+    p = config.placement
+    if p.mode == "cpu":
+        return
+    if config.generation.engine == "transformers":
+        raise ConfigError(
+            f"placement.mode must be cpu for generation.engine transformers, which runs on the CPU, got {p.mode}; "
+            "leave it out, or take another engine"
+        )
+    if p.mode == "turns" and config.train.max_staleness != 0:
+        raise ConfigError(
+            f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
+            "and learner never work at the same time there, and an asynchronous run needs that they do"
+        )
+    if p.mode != "separate" and config.train.device == "cuda":
+        raise ConfigError(
+            f"train.device must be cpu for placement.mode {p.mode}, got cuda; the learner takes a whole GPU and does "
+            "not share it: set placement.mode=separate"
+        )
+    for key in ("gpu_memory_utilization", "enable_sleep_mode"):
+        if p.mode != "separate" and key in config.generation.engine_args:
+            raise ConfigError(
+                f"generation.engine_args.{key} must not be set for placement.mode {p.mode}, which sets it, got "
+                f"{config.generation.engine_args[key]!r}; set placement.generation_share instead"
+            )
+    if p.mode != "separate" and config.generation.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"generation.tensor_parallel_size must be 1 for placement.mode {p.mode}, where there is one GPU, got "
+            f"{config.generation.tensor_parallel_size}; set placement.mode=separate"
+        )
+    actors = sum(generation_actors(config, samples).values())
+    if p.mode == "shared":
+        check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
@@ -88,17 +202,48 @@ def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") 
     )
 
 
-def _check_grader(config: Config, task: Task) -> str:
-    """Name of the run's grader."""
-    grader = config.reward.grader or task.default_reward
-    if config.data.answer_key == "" and ":" not in grader:
+def _check_learner(config: Config, longest_prompt: int) -> None:
+    """
+    Raises:
+        ConfigError: a response may be too long for a micro-batch, or the learning rate has no such schedule.
+    """
+    check_schedule(optimizer_settings(config))
+    t = config.train
+    longest = longest_prompt + config.rollout.max_new_tokens
+    if longest > t.micro_batch_tokens:
         raise ConfigError(
-            f"reward.grader must be a function of your own where data.answer_key is '' and there are no answers, got "
-            f"{grader!r}; set it to module:function, or name the column of the answers in data.answer_key"
+            f"train.micro_batch_tokens must be >= the longest prompt ({longest_prompt} tokens) with "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}), {longest}, got {t.micro_batch_tokens}; raise "
+            "it, or lower data.max_prompt_tokens"
         )
-    make_grader(grader)
-    check_columns(grader, task.heldout[0])
-    return grader
+    if config.lora.rank == 0 and config.lora.targets:
+        raise ConfigError(
+            f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
+            "are trained"
+        )
+
+
+def check_graders(config: Config, task: Task) -> Graders:
+    """The run's graders by name.
+
+    Raises:
+        ConfigError: one is unknown, has options that do not suit it, or needs what the data lacks.
+    """
+    graders = chosen_graders(config.reward.grader, config.reward.graders, task.default_reward)
+    for name, one in graders.items():
+        setting = f"reward.graders.{name}.grader" if config.reward.graders else "reward.grader"
+        target = one.named(name)
+        known = BUILT_IN.get(target)
+        if config.data.answer_key == "" and known is not None and known.needs_answer:
+            raise ConfigError(
+                f"{setting} must be a function of your own where data.answer_key is '' and there are no answers, got "
+                f"{target!r}; set it to module:function, or name the column of the answers in data.answer_key"
+            )
+        check_options(target, one.options, setting=setting)
+        if known is not None and known.sandboxed:
+            check_sandbox(config.sandbox, setting=f"{setting} {target}")
+        check_columns(target, task.heldout[0], setting=setting)
+    return graders
 
 
 def check_heldout(config: Config, task: Task) -> None:
@@ -111,6 +256,17 @@ def check_heldout(config: Config, task: Task) -> None:
             f"evaluation.problems must be <= the held-out problems ({len(task.heldout)}), got "
             f"{config.evaluation.problems}; lower it or raise data.heldout_size"
         )
+
+
+def _places(config: Config, plan: RunPlan) -> list[str]:
+    """The run's GPUs in words; no line for a CPU run."""
+    p, actors = config.placement, sum(generation_actors(config, plan.samples).values())
+    how = {
+        "separate": f"{config.generation.tensor_parallel_size} GPU(s) for each of {actors} generation actor(s)",
+        "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
+        "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
+    }
+    return [] if p.mode == "cpu" else [f"places    {how[p.mode]}"]
 
 
 def explain(config: Config, plan: RunPlan) -> list[str]:
@@ -134,6 +290,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         if c.data.max_prompt_tokens is not None
         else ""
     )
+    if plan.values.unsolved:
+        left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "
@@ -143,16 +301,29 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"objective {plan.recipe.name} ({options}); {plan.recipe.source}",
         f"staleness {age}",
         f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "
-        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}",
-        f"grades    {c.grading.actors} grading actor(s), {plan.grader}, {c.grading.concurrency} tickets at a time each",
+        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}"
+        + "".join(f"; {n} more for {role} alone" for role, n in own_actors(c).items() if n),
+        f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
+        "a time each",
         f"scores    {reference}",
-        f"learns    1 learner, AdamW at {c.train.learning_rate:g}, a checkpoint every {c.train.checkpoint_every_steps} "
-        "steps",
+        _explain_learner(config),
         f"evaluates {c.evaluation.problems} held-out problems before and after"
         + (
             f", {c.evaluation.problems_during} every {c.evaluation.every_steps} steps"
             if c.evaluation.every_steps
             else ""
         ),
+        *_places(c, plan),
         f"keeps     {c.run_dir}",
     ]
+
+
+def _explain_learner(config: Config) -> str:
+    t = config.train
+    workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
+    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+    schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
+    return (
+        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "
+        f"every {t.checkpoint_every_steps} steps"
+    )

@@ -7,11 +7,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploy.commands.arguments import ConfigPath, Json, Overrides, RunPath, print_json
+from deploy.commands.arguments import (
+    AllowUnsandboxed,
+    ConfigPath,
+    Json,
+    Overrides,
+    RunPath,
+    print_json,
+    with_sandbox,
+)
+from deploy.commands.audit import audit
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
+from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
+from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -38,18 +49,18 @@ def quickstart(overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, allow_unsandboxed: AllowUnsandboxed = False) -> None:
     """Run the training that CONFIG describes.
 
     Example: distrl train examples/sort_digits.yaml model.path=models/mine train.steps=20
     """
     import deploy
 
-    deploy.train(config, overrides or [])
+    deploy.train(config, with_sandbox(overrides, allow_unsandboxed))
 
 
 @app.command()
-def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+def validate(config: ConfigPath, overrides: Overrides = None, allow_unsandboxed: AllowUnsandboxed = False) -> None:
     """Check CONFIG and say in words what it would run; starts nothing.
 
     Example: distrl validate examples/sort_digits.yaml model.path=models/mine
@@ -57,7 +68,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     from deploy.check import check_run, explain
     from distrl.config import load_config
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, with_sandbox(overrides, allow_unsandboxed))
     for line in explain(loaded, check_run(loaded)):
         typer.echo(line)
 
@@ -122,11 +133,15 @@ def report(run: RunPath, as_json: Json = False) -> None:
         typer.echo(f"missing: {note}")
 
 
+app.command()(audit)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)
+app.command()(ui)
+app.command()(rollouts)
+app.command()(vstar)
 
 
 def main() -> None:

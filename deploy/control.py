@@ -8,7 +8,7 @@ from typing import Any
 from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, read_state
 from distrl.errors import DeadlineError, RefusedError
-from distrl.ledger import Ledger
+from distrl.ledger_reader import LedgerReader
 
 POLL_S = 0.2
 
@@ -42,14 +42,11 @@ def run_status(path: Path) -> dict[str, Any]:
     state = read_state(run_dir)
     status: dict[str, Any] = {"run": str(path), "state": state, "step": 0, "tickets": {}, "dropped": {}}
     if run_dir.ledger.exists():
-        ledger = Ledger(run_dir.ledger)
-        try:
+        with LedgerReader(run_dir.ledger) as ledger:
             checkpoint = ledger.last_checkpoint()
             status["tickets"], status["dropped"] = ledger.counts(), ledger.drops()
             status["evaluations"] = ledger.evaluations()
             status["checkpoint"] = None if checkpoint is None else checkpoint.path
-        finally:
-            ledger.close()
     step = _last_step(run_dir)
     if step is not None:
         status |= {key: step[key] for key in ("step", "reward_mean", "staleness_mean", "staleness_max", "time_s")}

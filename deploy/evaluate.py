@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 from actors.engines.build import build_engine
 from actors.engines.request_rules import check_request
-from deploy.check import check_heldout, measure_prompts
+from deploy.check import check_graders, check_heldout, measure_prompts
 from distrl.config import Config
 from distrl.errors import ConfigError, StageError
+from distrl.graders.build import Graders, build_graders, chosen_graders, describe, resources
+from distrl.graders.combined import AsyncGrader
+from distrl.graders.grade import Response
 from distrl.models import load_tokenizer
 from distrl.passk import accuracy, mean_pass_at_k
-from distrl.rewards import Grader, make_grader
 from distrl.sampling import Engine, SampleRequest
 from distrl.seeding import Purpose
 from distrl.tasks import Problem, load_task
@@ -44,7 +46,7 @@ class HeldOut:
 
     name: str
     problems: Sequence[Problem]
-    grader: str
+    graders: Graders
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +81,19 @@ def evaluate_model(
     began = time.perf_counter()
     ks = check_ks(ks, samples)
     sets = heldout_sets(config, more)
-    graders = {one.grader: make_grader(one.grader) for one in sets}
     tokenizer = load_tokenizer(config.model.path, setting="MODEL")
     engine = build_engine(config, tokenizer)
 
     async def measure() -> list[dict[str, Any]]:
+        graders = [build_graders(one.graders, config.grading.concurrency, resources(config)) for one in sets]
         try:
             return [
-                await measure_set(
-                    Sampler(engine, ModelText(tokenizer), graders[one.grader], config, samples), one, ks, advance
-                )
-                for one in sets
+                await measure_set(Sampler(engine, ModelText(tokenizer), grader, config, samples), one, ks, advance)
+                for one, grader in zip(sets, graders, strict=True)
             ]
         finally:
+            for grader in graders:
+                grader.close()
             await engine.close()
 
     results = asyncio.run(measure())
@@ -128,7 +130,7 @@ def heldout_sets(config: Config, more: Sequence[str]) -> list[HeldOut]:
     task = whole.without(measure_prompts(config, whole, setting="MODEL").left_out)
     check_heldout(config, task)
     own = task.heldout[: config.evaluation.problems]
-    sets = [HeldOut(OWN, own, config.reward.grader or task.default_reward)]
+    sets = [HeldOut(OWN, own, check_graders(config, task))]
     for argument in more:
         name, equals, path = argument.partition("=")
         if not (name and equals and path):
@@ -136,14 +138,14 @@ def heldout_sets(config: Config, more: Sequence[str]) -> list[HeldOut]:
         if name in {known.name for known in sets}:
             raise ConfigError(f"--heldout must have a new name for each set, got {name!r} twice; name one otherwise")
         problems = read_problems(f"--heldout {name}", path, config.data)
-        sets.append(HeldOut(name, problems, config.reward.grader or "exact"))
+        sets.append(HeldOut(name, problems, chosen_graders(config.reward.grader, config.reward.graders, "exact")))
     return sets
 
 
 class Sampler:
     """Samples and grades one problem at a time; many calls share the engine's batches."""
 
-    def __init__(self, engine: Engine, text: Text, grader: Grader, config: Config, samples: int) -> None:
+    def __init__(self, engine: Engine, text: Text, grader: AsyncGrader, config: Config, samples: int) -> None:
         self._engine = engine
         self._text = text
         self._grader = grader
@@ -188,10 +190,19 @@ class Sampler:
         except StageError as error:
             return error
         answers = await self._engine.sample(request)
-        texts = [self._text.decode(answer.token_ids) for answer in answers]
+        longest = self._config.rollout.max_new_tokens
+        responses = [
+            Response(
+                self._text.decode(answer.token_ids),
+                f"{problem.prompt_id}.{sample}",
+                len(answer.token_ids),
+                longest,
+                answer.finish_reason,
+            )
+            for sample, answer in enumerate(answers)
+        ]
         try:
-            # In a thread: the event loop has to feed the engine meanwhile.
-            grades = await asyncio.to_thread(self._grader, [problem] * len(texts), texts)
+            grades = await self._grader.grade([problem] * len(responses), responses)
         except StageError as error:
             return error
         return Outcome(
@@ -239,7 +250,7 @@ def summarize(
     responses = samples * len(judged)
     return {
         "name": heldout.name,
-        "grader": heldout.grader,
+        "grader": describe(heldout.graders),
         "problems": len(judged),
         "failed": len(failures),
         "first_failure": str(failures[0]) if failures else None,

@@ -1,5 +1,6 @@
 """Whether a run is running, and how it ended: the part of `run.json` that changes."""
 
+import fcntl
 import json
 import os
 import time
@@ -23,17 +24,44 @@ class RunState(StrEnum):
     """Its process is gone without having said how it ended."""
 
 
-def claim(run_dir: RunDir) -> None:
-    """Marks the run as running in this process.
+def claim(run_dir: RunDir) -> int:
+    """Marks the run as running in this process, which holds a lock until it lets go of it or ends.
 
+    Returns:
+        The lock, for `release`.
     Raises:
-        RefusedError: another process runs it.
+        RefusedError: another process runs it. RunError: the directory cannot be written.
     """
-    if run_dir.run_json.exists() and read_state(run_dir) == RunState.RUNNING:
-        raise RefusedError(f"{run_dir.path}: the run must not be running, process {_read(run_dir)['pid']} runs it")
+    try:
+        lock = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(f"{run_dir.lock}: must be writable: {error.strerror}; mend the run's directory") from error
+    try:
+        # Two drivers may look at run.json at the same moment; only one of them gets the lock.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if run_dir.run_json.exists() and read_state(run_dir) == RunState.RUNNING:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(lock)
+        raise RefusedError(
+            f"{run_dir.path}: the run must not be running, process {_read(run_dir).get('pid', 'of another driver')} "
+            "runs it"
+        ) from None
+    except BaseException:
+        os.close(lock)
+        raise
     run_dir.stop_request.unlink(missing_ok=True)
     process = {"pid": os.getpid(), "process_started": _process_start(os.getpid()), "started_s": time.time()}
     write_json(run_dir.run_json, {"format": FORMAT, "name": run_dir.path.name, **process, "state": RunState.RUNNING})
+    return lock
+
+
+def release(run_dir: RunDir, lock: int, state: RunState) -> None:
+    """Says how the run ended, and lets others claim it."""
+    try:
+        write_state(run_dir, state)
+    finally:
+        os.close(lock)
 
 
 def write_state(run_dir: RunDir, state: RunState) -> None:

@@ -1,40 +1,19 @@
-"""Starts Ray and the actors of a run."""
+"""Starts Ray."""
 
 import logging
 import os
-import time
-from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 
-from deploy.check import RunPlan
 from deploy.learner import RESOURCE, train_environment
-from deploy.remote.coordinator import CoordinatorActor
-from deploy.remote.generation import GenerationActor
-from deploy.remote.grading import GradingActor
-from deploy.remote.journal import JournalActor
-from deploy.remote.policy_store import PolicyStoreActor
-from deploy.remote.reference import ReferenceActor
-from deploy.run_dir import RunDir
-from distrl.config import Config
-from distrl.errors import DeadlineError, RunError
 
 
-@dataclass(slots=True)
-class Handles:
-    """The actors of a run."""
+def start_ray(pretend_gpus: int | None = None) -> bool:
+    """Starts a local Ray unless this process is connected already; returns whether it did.
 
-    stages: dict[str, list[Any]] = field(default_factory=dict)
-    store: Any = None
-    coordinator: Any = None
-
-    def all(self) -> list[Any]:
-        return [self.coordinator, self.store, *(h for members in self.stages.values() for h in members)]
-
-
-def start_ray() -> bool:
-    """Starts a local Ray unless this process is connected already; returns whether it did."""
+    Args:
+        pretend_gpus: GPUs that Ray shall count, whatever is there; for tests of the scheduling.
+    """
     train_environment()
     if ray.is_initialized():
         return False
@@ -45,7 +24,9 @@ def start_ray() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=False,
-        resources={RESOURCE: 1},
+        num_gpus=pretend_gpus,
+        # Only for learners, which do not count CPUs; as many as anybody may ask for.
+        resources={RESOURCE: 1024},
         namespace="distrl",
     )
     return True
@@ -54,51 +35,3 @@ def start_ray() -> bool:
 def log_directory() -> str:
     node = ray._private.worker.global_worker.node
     return "(Ray is not running)" if node is None else str(node.get_logs_dir_path())
-
-
-def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
-    """Creates all actors of a run at once; their constructors run in their own processes."""
-
-    def create(actor: type, count: int, *arguments: Any) -> list[Any]:
-        made: Any = ray.remote(actor).options(num_cpus=0, max_restarts=0, max_task_retries=0)
-        return [made.remote(*arguments) for _ in range(count)]
-
-    handles = Handles()
-    (handles.store,) = create(PolicyStoreActor, 1)
-    handles.stages["generation"] = [
-        create(GenerationActor, 1, config, f"generation-{i}", handles.store)[0] for i in range(config.generation.actors)
-    ]
-    handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.grader, os.getcwd())
-    handles.stages["reference"] = (
-        create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
-    )
-    handles.stages["journal"] = create(JournalActor, 1, run_dir)
-    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out)
-    return handles
-
-
-def wait_for_actors(config: Config, handles: Handles) -> None:
-    """Returns when every actor's constructor is done.
-
-    Raises:
-        RunError: one failed; DeadlineError: one is not up within limits.start_timeout_s. Both name it.
-    """
-    named = {"coordinator": handles.coordinator, "policy-store": handles.store}
-    for stage, members in handles.stages.items():
-        named |= {f"{stage}-{i}": handle for i, handle in enumerate(members)}
-    deadline = time.monotonic() + config.limits.start_timeout_s
-    for name, handle in named.items():
-        try:
-            ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
-            raise DeadlineError(
-                f"{name} must be up within limits.start_timeout_s = {config.limits.start_timeout_s:g} s"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise RunError(f"{name} could not start: {_constructor_error(error)}") from error
-
-
-def _constructor_error(error: BaseException) -> str:
-    """The last line of the traceback that Ray puts into the message is the error itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

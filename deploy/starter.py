@@ -26,6 +26,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "run": ("name", "dir", "seed"),
     "rollout": ("group_size", "max_new_tokens", "temperature"),
     "generation": ("actors", "slots"),
+    "reward": ("grader",),
     "grading": ("actors", "concurrency"),
     "reference": ("path", "actors"),
     "train": (

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import statistics
 from typing import Any
 
 from deploy.run_dir import RunDir
@@ -20,7 +21,8 @@ def summarize(run_dir: RunDir, snapshot: dict[str, Any], state: str, wall_s: flo
         learner_wait_fraction, the share of the learner's time between its first batch and its last step that it
         waited for batches; learner_waits_s by the stage that it waited for, the wait for the first batch included;
         generation_held_s, in which generation was idle because the learner had to catch up; max_observed_staleness;
-        tickets (issued, trained, dropped by reason).
+        weight_updates, counted per generation actor, with the milliseconds that sampling paused for one and the bytes
+        that moved to the actors; tickets (issued, trained, dropped by reason).
     """
     with sqlite3.connect(run_dir.ledger) as db:
         evaluations = {
@@ -33,7 +35,9 @@ def summarize(run_dir: RunDir, snapshot: dict[str, Any], state: str, wall_s: flo
             "SELECT COUNT(*), COALESCE(SUM(rollouts), 0) FROM tickets WHERE trained_step IS NOT NULL"
         ).fetchone()
     with run_dir.metrics.open() as file:
-        steps = [r for r in map(json.loads, file) if r["kind"] == "step"]
+        records = [json.loads(line) for line in file]
+    steps = [r for r in records if r["kind"] == "step"]
+    loads = [r for r in records if r["kind"] == "load"]
     # The first step of a process waits for the start of everything; it is the one with nothing published before it.
     waited = sum(r["wait_s"] for r in steps if r["last_publish_s"] > 0)
     busy = sum(r["train_s"] + r["last_publish_s"] for r in steps)
@@ -49,11 +53,23 @@ def summarize(run_dir: RunDir, snapshot: dict[str, Any], state: str, wall_s: flo
         "learner_waits_s": snapshot["learner_waits_s"],
         "generation_held_s": snapshot["generation_held_s"],
         "max_observed_staleness": snapshot["max_staleness"],
+        "weight_updates": _weight_updates(loads),
         "tickets": {
             "issued": sum(counts.values()),
             "trained": trained,
             "dropped": snapshot["drops"],
         },
+    }
+
+
+def _weight_updates(loads: list[dict[str, Any]]) -> dict[str, Any]:
+    pauses = [1000 * r["pause_s"] for r in loads]
+    return {
+        "loads": len(loads),
+        "pause_ms_median": round(statistics.median(pauses), 3) if pauses else None,
+        "pause_ms_max": round(max(pauses), 3) if pauses else None,
+        # Records of an earlier format have no bytes.
+        "moved_bytes": sum(r.get("moved_bytes", 0) for r in loads),
     }
 
 

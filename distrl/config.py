@@ -12,8 +12,10 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrl.errors import ConfigError
+from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
-from distrl.sampling import SamplingParams
+from distrl.sampling import SamplingParams, UpdateMode
+from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
 from distrl.tasks.config import DataConfig
 
@@ -52,8 +54,15 @@ class RewardConfig(_Section):
     """How a response is graded."""
 
     grader: str | None = None
-    """`exact`, `numeric`, `math_verify`, `reasoning_gym` or `module:function`, a function of the form
-    (response, answer, metadata) or a reward function of TRL; empty takes the one that fits the data source."""
+    """The only grader: `exact`, `numeric`, `math_verify`, `reasoning_gym`, `regex`, `json_schema`, `format`, `length`,
+    `overlong`, `unit_tests`, or `module:function` (docs/grading.md has the forms); empty takes the data source's."""
+    graders: dict[str, GraderConfig] = {}
+    """Several graders by name, combined by weights, or one with limits and options of its own; empty is `grader`."""
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> "RewardConfig":
+        check_names(self.graders, self.grader)
+        return self
 
 
 class RolloutConfig(_Section):
@@ -71,14 +80,41 @@ class RolloutConfig(_Section):
 class GenerationConfig(_Section):
     """The actors that sample."""
 
-    engine: Literal["transformers", "fake"] = "transformers"
-    """`transformers`: decode loop over a local model; `fake`: deterministic and instant, for tests of the system."""
+    engine: Literal["transformers", "vllm", "fake"] = "transformers"
+    """`transformers`: decode loop over a local model; `vllm`: vLLM, which must be installed; `fake`: deterministic and
+    instant, for tests of the system."""
+    update_mode: UpdateMode = "keep"
+    """What new weights do to sequences in flight. `keep`: their keys and values stay, which is faster; `recompute`:
+    they are computed again, so that every token's log-probability is that of the version it names."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Processes that share one actor's model, each on a GPU of its own; only `vllm` has more than 1."""
+    engine_args: Mapping[str, Any] = {}
+    """Further engine arguments of vLLM, such as `max_model_len`; unknown ones are refused, and all by other engines."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
+    evaluation_actors: int = Field(0, ge=0)
+    """Generation actors more, for held-out problems alone: an evaluation then neither waits for rollouts nor holds them
+    up; 0 evaluates with those that sample for training."""
+    reference_actors: int = Field(0, ge=0)
+    """Generation actors more that sample from the reference model, where the objective needs that; 0 samples from it
+    with those that sample for training."""
+    opponent_actors: int = Field(0, ge=0)
+    """Generation actors more that sample from opponents, where the objective needs that; 0 as above."""
     slots: int = Field(256, ge=1)
-    """Responses that one actor samples at the same time."""
+    """Responses that one actor samples at the same time, for each model that it samples from."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds a ticket may take to be sampled before the call counts as failed."""
+
+
+class PlacementConfig(_Section):
+    """Which processes get GPUs, and how they share one."""
+
+    mode: Literal["cpu", "separate", "shared", "turns"] = "cpu"
+    """`cpu`: none gets one. `separate`: each has its own, a generation actor as many as it has parallel processes.
+    `shared`: side by side on one GPU, each with a share of its memory. `turns`: on one GPU, and generation gives its
+    memory back while the learner trains."""
+    generation_share: float = Field(0.5, gt=0, le=1)
+    """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
 
 
 class GradingConfig(_Section):
@@ -116,8 +152,48 @@ class ObjectiveConfig(_Section):
     """Options of that recipe; one that it does not know is refused."""
 
 
+class ValuesConfig(_Section):
+    """Optimal values of the training prompts, which A*-PO reads; `distrl vstar` estimates them once."""
+
+    path: AbsolutePath | None = None
+    """Parquet file of the values: what `distrl vstar` writes, and what a recipe that reads v_star trains with."""
+    responses: int = Field(8, ge=1)
+    """Responses of the reference model per training prompt."""
+    mode: Literal["soft", "mean", "max"] = "soft"
+    """`soft`: beta log mean exp(reward / beta); `mean` and `max` are its limits for large and small `beta`."""
+    beta: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Temperature of `soft`, in units of the reward."""
+    drop_unsolved: bool = False
+    """Trains on the prompts alone that a response of the reference solved."""
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of the adapters; 0 trains all parameters."""
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' product is multiplied with alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one; empty takes all but the output layer."""
+
+
 class TrainConfig(_Section):
     """The learner."""
+
+    workers: int = Field(1, ge=1)
+    """Processes that train together, each with a part of every batch."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds the model and the optimizer's state; `fsdp`: each holds a part of them (FSDP2)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where workers train: `cpu` with gloo, or `cuda` with NCCL and a GPU for each."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products; parameters, the optimizer's state and sums of gradients stay in float32."""
+    activation_checkpointing: bool = False
+    """Computes blocks again in the backward pass instead of keeping what is inside them."""
+    layout: Literal["bucketed", "packed"] = "bucketed"
+    """`bucketed`: sequences of similar length side by side; `packed`: one after the other in one row, not seeing each
+    other."""
 
     steps: int = Field(100, ge=1)
     """Optimizer steps of the run."""
@@ -129,6 +205,20 @@ class TrainConfig(_Section):
     """`wait`: a step waits for a ticket that would become too old; `keep`: it is trained whenever it comes."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
+    lr_schedule: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant_with_warmup"
+    """How the learning rate moves over the run's steps; the names are those of `transformers.get_scheduler`."""
+    lr_schedule_options: Mapping[str, float | str] = {}
+    """Options of that schedule, such as `min_lr_rate` of `cosine_with_min_lr`."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
@@ -138,7 +228,14 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's global norm is clipped to this."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Most padded tokens of one forward and backward pass; larger batches accumulate gradients."""
+    """Most tokens of one forward and backward pass of a worker, padding included; larger batches accumulate gradients,
+    and a single response with its prompt must fit."""
+    logp_check_rollouts: int = Field(8, ge=0)
+    """Rollouts of a step whose recorded log-probabilities are computed again under the version that they name; keeps a
+    second copy of the weights while `max_staleness` is not 0. 0 checks none."""
+    logp_mismatch_bound: float = Field(0.1, gt=0)
+    """Largest mean difference (nats) between recorded and recomputed log-probabilities of one generation actor; beyond
+    it training stops."""
     checkpoint_every_steps: int = Field(20, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -156,6 +253,17 @@ class EvaluationConfig(_Section):
     """Held-out problems of those; all of them where `problems` is less."""
 
 
+class MetricsConfig(_Section):
+    """Where the numbers of a run go, beside metrics.jsonl, Parquet and TensorBoard in its directory."""
+
+    host: str = "127.0.0.1"
+    """Address at which the driver serves Prometheus metrics, without a password; 0.0.0.0 lets everybody read them."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port of it; 0 takes a free one, which `.prometheus/NAME.json` in `run.dir` names."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases; empty sends nothing there. Needs the extra `wandb`."""
+
+
 class LimitsConfig(_Section):
     """Bounds and deadlines."""
 
@@ -169,11 +277,21 @@ class LimitsConfig(_Section):
     sync_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one attempt of a generation actor to load a published version may take."""
     publish_timeout_s: float = Field(120.0, gt=0)
-    """Seconds that one call of the learner to the coordinator or the policy store may take."""
+    """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
     """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
+    liveness_timeout_s: float = Field(60.0, gt=0)
+    """Seconds within which every process must answer that it lives; one that does not is ended and replaced."""
+    restarts: int = Field(20, ge=0)
+    """Processes that may be replaced within `limits.restart_window_s`; one more ends the run with the cause."""
+    restart_window_s: float = Field(600.0, gt=0)
+    """Seconds over which restarts are counted."""
+    outage_s: float = Field(180.0, gt=0)
+    """Seconds that the coordinator, the journal or the policy store may be away before their callers give up."""
     stall_warning_s: float = Field(60.0, gt=0)
     """Seconds without progress after which the run says who is waiting for whom."""
+    skipped_steps_in_a_row: int = Field(3, ge=0)
+    """Optimizer steps that may be skipped in a row because their gradient is not finite; one more ends the run."""
     drops_in_a_row: int = Field(64, ge=1)
     """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
     ready_bytes: int = Field(1 << 30, ge=1)
@@ -190,13 +308,18 @@ class Config(_Section):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
+    placement: PlacementConfig = PlacementConfig()
     grading: GradingConfig = GradingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    vstar: ValuesConfig = ValuesConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")
@@ -206,6 +329,22 @@ class Config(_Section):
                 f"generation.slots must be >= rollout.group_size ({self.rollout.group_size}), got "
                 f"{self.generation.slots}; a ticket's responses are sampled together"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_reads_its_keys(self) -> "Config":
+        g = self.generation
+        unread = {
+            "tensor_parallel_size": (g.tensor_parallel_size, 1, g.engine != "vllm"),
+            "engine_args": (dict(g.engine_args), {}, g.engine != "vllm"),
+            "update_mode": (g.update_mode, "keep", g.engine == "fake"),
+        }
+        for key, (value, default, ignored) in unread.items():
+            if ignored and value != default:
+                raise ValueError(
+                    f"generation.{key} must be {default!r} for generation.engine {g.engine}, which does not read it, "
+                    f"got {value!r}; leave it out, or take another engine"
+                )
         return self
 
     @property

@@ -1,49 +1,34 @@
 """The ledger: every ticket, policy version, checkpoint and evaluation of a run, in one SQLite file.
 
 Only the coordinator writes; anybody may read it with any SQLite tool while the run goes on (WAL). The state machine
-is `distrl.tickets`; this module keeps it on disk, one transaction per transition.
+is `distrl.tickets`; this module keeps it on disk, one transaction per transition. An epoch fences whoever was taken
+over: a coordinator that was believed dead, or a second driver.
 """
 
-import sqlite3
+import os
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from distrl.errors import LedgerError
+from distrl.errors import FencedError, LedgerError
+from distrl.ledger_reader import LOCK_S, Checkpoint, LedgerReader
+from distrl.ledger_tables import FORMAT, explained, open_to_write
 from distrl.messages import JournalReceipt
-from distrl.staleness import Version
-from distrl.tickets import DropReason, TicketState, check_transition
+from distrl.tickets import DropReason, ReturnCause, TicketState, check_transition
 
-FORMAT = 1
-"""Version of the tables; a ledger of a newer format is refused."""
+__all__ = ["FORMAT", "Checkpoint", "Draw", "JournalledTicket", "Ledger", "LedgerReader", "Recovery"]
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS versions (
-    version INTEGER PRIMARY KEY, parent INTEGER REFERENCES versions(version), step INTEGER NOT NULL,
-    manifest_sha256 TEXT, published_s REAL);
-CREATE TABLE IF NOT EXISTS journal_files (
-    path TEXT PRIMARY KEY, sha256 TEXT NOT NULL, rows INTEGER NOT NULL, bytes INTEGER NOT NULL,
-    created_s REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS checkpoints (
-    path TEXT PRIMARY KEY, step INTEGER NOT NULL, version INTEGER NOT NULL REFERENCES versions(version),
-    sha256 TEXT NOT NULL, created_s REAL NOT NULL, removed_s REAL);
-CREATE TABLE IF NOT EXISTS tickets (
-    ticket_id INTEGER PRIMARY KEY, redraw INTEGER NOT NULL, prompt_id TEXT NOT NULL, state TEXT NOT NULL,
-    attempts INTEGER NOT NULL, issued_s REAL NOT NULL, generated_s REAL, ready_s REAL,
-    oldest_version INTEGER, newest_version INTEGER, rollouts INTEGER, response_tokens INTEGER,
-    reward_mean REAL,
-    journal_file TEXT REFERENCES journal_files(path), trained_step INTEGER, staleness INTEGER,
-    checkpoint TEXT REFERENCES checkpoints(path), drop_reason TEXT, drop_detail TEXT);
-CREATE INDEX IF NOT EXISTS tickets_by_state ON tickets(state, trained_step);
-CREATE TABLE IF NOT EXISTS evaluations (
-    evaluation INTEGER PRIMARY KEY, name TEXT NOT NULL, step INTEGER NOT NULL,
-    oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL,
-    problems INTEGER NOT NULL, responses INTEGER NOT NULL, failed INTEGER NOT NULL, accuracy REAL NOT NULL,
-    standard_error REAL NOT NULL, reward_mean REAL NOT NULL, finished_s REAL NOT NULL);
-"""
+
+class Draw(NamedTuple):
+    """What a ticket has to sample: its prompt, and how often it was drawn again, which its noise depends on."""
+
+    ticket_id: int
+    prompt_id: str
+    redraw: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +42,9 @@ class JournalledTicket:
     journal_sha256: str
     oldest_version: int
     newest_version: int
+    versions: tuple[int, ...]
+    """All policy versions that sampled one of its tokens."""
+    rollouts: int
     reward_mean: float
     response_tokens: int
 
@@ -66,58 +54,64 @@ class Recovery:
     """What a run that goes on finds in its ledger."""
 
     ready: tuple[JournalledTicket, ...]
-    issued: tuple[tuple[int, str], ...]
-    """(ticket id, prompt id) of what has to be sampled again, in order."""
+    issued: tuple[Draw, ...]
+    """What has to be sampled again, in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint that the ledger names."""
-
-    path: str
-    step: int
-    version: int
-    sha256: str
-
-
-class Ledger:
+class Ledger(LedgerReader):
     """A run's accounting. Every method is one transaction; a refused one changes nothing.
+
+    Opening a ledger takes it over: the epoch grows by one, and whoever opened it before cannot write any more.
 
     Args:
         path: the SQLite file, on a local disk (WAL does not work over NFS); None keeps it in memory, for tests.
         clock: seconds since the epoch, for the time columns.
+        owner: who opens it, for the table of owners and for messages.
+        lock_s: seconds that a statement waits while another process holds the file.
     Raises:
-        LedgerError: the file was written by a newer format.
+        LedgerError: the file is of a newer format, no ledger, locked, or cannot be written.
     """
 
-    def __init__(self, path: Path | None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        clock: Callable[[], float] = time.time,
+        owner: str | None = None,
+        lock_s: float = LOCK_S,
+    ) -> None:
+        self._path = path
         self._clock = clock
-        self._db = sqlite3.connect(path if path is not None else ":memory:", isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        if (found := self._format()) > FORMAT:
+        self._lock_s = lock_s
+        self._db = open_to_write(path, lock_s)
+        try:
+            self._epoch = self._take_over(owner or f"process {os.getpid()} on {socket.gethostname()}")
+        except BaseException:
             self._db.close()
-            raise LedgerError(
-                f"ledger {path}: format must be at most {FORMAT}, got {found}; use the distrl that wrote it"
-            )
-        self._db.execute("PRAGMA journal_mode=WAL")
-        # NORMAL survives the death of any process; only the loss of the machine can lose the last transactions.
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute("PRAGMA foreign_keys=ON")
-        self._db.executescript(_TABLES)
-        with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
+            raise
 
-    def close(self) -> None:
-        self._db.close()
+    def _take_over(self, owner: str) -> int:
+        with explained(self._path, self._lock_s):
+            self._db.execute("BEGIN IMMEDIATE")
+            epoch = self.epoch() + 1
+            self._db.execute("INSERT INTO owners VALUES (?, ?, ?)", (epoch, owner, self._clock()))
+            self._db.execute("COMMIT")
+        return epoch
+
+    @property
+    def owned_epoch(self) -> int:
+        """The epoch under which this object writes."""
+        return self._epoch
 
     # Versions ---------------------------------------------------------------------------------------------------
 
     def allocate_version(self, parent: int | None, step: int) -> int:
         """A version number that was never used before, for weights after `step` optimizer steps."""
         with self._transaction():
-            row = self._one("SELECT COALESCE(MAX(version) + 1, 0) AS next FROM versions")
-            version = int(row["next"])
-            self._db.execute("INSERT INTO versions (version, parent, step) VALUES (?, ?, ?)", (version, parent, step))
+            return self._next_version(parent, step)
+
+    def _next_version(self, parent: int | None, step: int) -> int:
+        version = int(self._one("SELECT COALESCE(MAX(version) + 1, 0) AS next FROM versions")["next"])
+        self._db.execute("INSERT INTO versions (version, parent, step) VALUES (?, ?, ?)", (version, parent, step))
         return version
 
     def mark_published(self, version: int, manifest_sha256: str) -> None:
@@ -129,14 +123,10 @@ class Ledger:
             if not changed:
                 raise LedgerError(f"version {version} cannot be published: the ledger did not allocate it")
 
-    def versions(self) -> dict[int, Version]:
-        rows = self._db.execute("SELECT version, parent, step FROM versions")
-        return {r["version"]: Version(r["version"], r["parent"], r["step"]) for r in rows}
-
     # Tickets ----------------------------------------------------------------------------------------------------
 
-    def issue(self, prompt_id_of: Callable[[int], str]) -> tuple[int, str]:
-        """A new ticket: (ticket id, prompt id). The drawn prompt is on disk before anybody samples it."""
+    def issue(self, prompt_id_of: Callable[[int], str]) -> Draw:
+        """A new ticket. The drawn prompt is on disk before anybody samples it."""
         with self._transaction():
             row = self._one("SELECT COALESCE(MAX(ticket_id) + 1, 0) AS next FROM tickets")
             ticket_id = int(row["next"])
@@ -146,25 +136,46 @@ class Ledger:
                 " VALUES (?, 0, ?, ?, 0, ?)",
                 (ticket_id, prompt_id, TicketState.ISSUED, self._clock()),
             )
-        return ticket_id, prompt_id
+        return Draw(ticket_id, prompt_id, 0)
 
-    def count_attempt(self, ticket_id: int) -> None:
-        """Records one more failed call for the ticket."""
+    def count_attempt(self, ticket_id: int, stage: str, detail: str) -> None:
+        """Records a failed call for the ticket.
+
+        Raises:
+            LedgerError: the ticket was never issued.
+        """
         with self._transaction():
+            self.state(ticket_id)
             self._db.execute("UPDATE tickets SET attempts = attempts + 1 WHERE ticket_id = ?", (ticket_id,))
+            self._db.execute(
+                "INSERT INTO failures SELECT ticket_id, redraw, ?, ?, ? FROM tickets WHERE ticket_id = ?",
+                (stage, detail, self._clock(), ticket_id),
+            )
 
-    def mark_generated(
-        self, ticket_id: int, *, oldest_version: int, newest_version: int, rollouts: int, response_tokens: int
-    ) -> None:
-        self._move(
-            [ticket_id],
-            TicketState.GENERATED,
-            generated_s=self._clock(),
-            oldest_version=oldest_version,
-            newest_version=newest_version,
-            rollouts=rollouts,
-            response_tokens=response_tokens,
-        )
+    def record_wait(self, ticket_id: int, step: int, waited_s: float) -> None:
+        """The learner waited so long for this ticket, the last one of its step's batch."""
+        with self._transaction():
+            self._db.execute("INSERT INTO waits VALUES (?, ?, ?)", (ticket_id, step, waited_s))
+
+    def mark_generated(self, ticket_id: int, *, versions: Sequence[int], rollouts: int, response_tokens: int) -> None:
+        """The ticket was sampled.
+
+        Args:
+            versions: all policy versions that sampled one of its tokens.
+        """
+        with self._transaction():
+            self._set(
+                [ticket_id],
+                TicketState.GENERATED,
+                generated_s=self._clock(),
+                oldest_version=min(versions),
+                newest_version=max(versions),
+                rollouts=rollouts,
+                response_tokens=response_tokens,
+            )
+            self._db.executemany(
+                "INSERT INTO ticket_versions VALUES (?, ?)", [(ticket_id, v) for v in sorted(set(versions))]
+            )
 
     def mark_ready(self, ticket_id: int, *, journal_file: JournalReceipt, reward_mean: float) -> None:
         """Ready means journalled: the file that holds the ticket's rollouts is recorded in the same transaction."""
@@ -187,19 +198,50 @@ class Ledger:
                 reward_mean=reward_mean,
             )
 
-    def mark_trained(self, step: int, staleness_by_ticket: Mapping[int, int]) -> None:
-        """The optimizer step number `step` (the first is 1) trained these tickets."""
+    def mark_trained(self, step: int, staleness_by_ticket: Mapping[int, int], parent: int) -> int:
+        """The optimizer step number `step` (the first is 1) trained these tickets; the version of the weights it made.
+
+        Telling it again changes nothing and gives the same version.
+
+        Args:
+            parent: version of the weights that the step began with.
+        """
         with self._transaction():
+            told = self._version_made_by(step, frozenset(staleness_by_ticket))
+            if told is not None:
+                return told
+            version = self._next_version(parent, step)
             for ticket_id, value in staleness_by_ticket.items():
                 self._set([ticket_id], TicketState.TRAINED, trained_step=step, staleness=value)
+                self._db.execute(
+                    "INSERT INTO trainings SELECT ticket_id, ?, redraw FROM tickets WHERE ticket_id = ?",
+                    (version, ticket_id),
+                )
+        return version
+
+    def _version_made_by(self, step: int, tickets: frozenset[int]) -> int | None:
+        """The version that this very step has made, if it stands in the ledger already."""
+        rows = self.rows(
+            "SELECT t.ticket_id, MAX(m.version) AS version FROM tickets t JOIN trainings m USING (ticket_id)"
+            " WHERE t.state = ? AND t.trained_step = ? GROUP BY t.ticket_id",
+            TicketState.TRAINED,
+            step,
+        )
+        if not tickets or {r["ticket_id"] for r in rows} != tickets:
+            return None
+        return max(int(r["version"]) for r in rows)
 
     def commit_checkpoint(self, path: str, *, step: int, version: int, sha256: str) -> int:
         """Names a checkpoint and commits, in the same transaction, all tickets trained up to its step.
+
+        Naming the same checkpoint again changes nothing.
 
         Returns:
             How many tickets were committed.
         """
         with self._transaction():
+            if self.rows("SELECT 1 FROM checkpoints WHERE path = ? AND sha256 = ?", path, sha256):
+                return 0
             self._db.execute(
                 "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, NULL)", (path, step, version, sha256, self._clock())
             )
@@ -224,14 +266,55 @@ class Ledger:
         with self._transaction():
             self._db.execute(f"INSERT INTO evaluations ({names}) VALUES ({marks})", tuple(columns.values()))
 
-    def evaluations(self) -> list[dict[str, object]]:
-        return [dict(r) for r in self._db.execute("SELECT * FROM evaluations ORDER BY evaluation")]
+    def return_ticket(self, ticket_id: int, cause: ReturnCause, *, redraw: bool) -> Draw:
+        """Gives up what was sampled for a ticket: it is issued again, as the same prompt.
 
-    def recover(self, step: int) -> "Recovery":
-        """Brings the tickets back to where the checkpoint of `step` left them.
+        Args:
+            redraw: whether it meets new noise; without, the same weights give the same responses.
+        Raises:
+            LedgerError: the ticket is trained, committed or dropped, or was never issued.
+        """
+        with self._transaction():
+            return self._return(ticket_id, cause, redraw=redraw)
 
-        What was trained after it is ready again, from the journal; what was being sampled or graded is issued again.
+    def _return(self, ticket_id: int, cause: ReturnCause, *, redraw: bool = False) -> Draw:
+        old = self.state(ticket_id)
+        if old != TicketState.ISSUED:
+            check_transition(ticket_id, old, TicketState.ISSUED)
+        self._note_return(ticket_id, TicketState.ISSUED, cause)
+        self._db.execute("DELETE FROM ticket_versions WHERE ticket_id = ?", (ticket_id,))
+        self._db.execute(
+            "UPDATE tickets SET state = ?, redraw = redraw + ?, generated_s = NULL, ready_s = NULL,"
+            " oldest_version = NULL, newest_version = NULL, rollouts = NULL, response_tokens = NULL,"
+            " reward_mean = NULL, journal_file = NULL, trained_step = NULL, staleness = NULL WHERE ticket_id = ?",
+            (TicketState.ISSUED, int(redraw), ticket_id),
+        )
+        row = self._one("SELECT ticket_id, prompt_id, redraw FROM tickets WHERE ticket_id = ?", ticket_id)
+        return Draw(row["ticket_id"], row["prompt_id"], row["redraw"])
 
+    def _note_return(self, ticket_id: int, new: TicketState, cause: ReturnCause) -> None:
+        self._db.execute(
+            "INSERT INTO returns SELECT ticket_id, redraw, state, ?, ?, ? FROM tickets WHERE ticket_id = ?",
+            (new, cause, self._clock(), ticket_id),
+        )
+
+    def take_up(self) -> Recovery:
+        """What a coordinator finds that starts on a ledger with a past; the learner may live and hold its weights.
+
+        What was being sampled or graded is issued again. What was trained stays so: see `roll_back`.
+        """
+        with self._transaction():
+            issued = [
+                self._return(ticket_id, ReturnCause.RESTART)
+                for ticket_id in self._in_states(TicketState.ISSUED, TicketState.GENERATED)
+            ]
+            return Recovery(self.journalled(self._in_states(TicketState.READY)), tuple(issued))
+
+    def roll_back(self, step: int) -> tuple[JournalledTicket, ...]:
+        """The learner has the weights of the checkpoint of `step` again: what was trained after it is ready again.
+
+        Returns:
+            These tickets; they are in the journal.
         Raises:
             LedgerError: a later checkpoint is committed; there is no way back behind it.
         """
@@ -239,43 +322,43 @@ class Ledger:
             later = self._one("SELECT MAX(step) AS step FROM checkpoints")["step"]
             if later is not None and later > step:
                 raise LedgerError(f"the ledger has a checkpoint of step {later}, it cannot go back to step {step}")
-            self._back(TicketState.TRAINED, TicketState.READY, "trained_step = NULL, staleness = NULL")
-            self._back(TicketState.GENERATED, TicketState.ISSUED, "generated_s = NULL, rollouts = NULL")
-            ready = self._db.execute(
-                "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE state = ? ORDER BY ticket_id",
-                (TicketState.READY,),
-            )
-            kept = tuple(
-                JournalledTicket(
-                    ticket_id=r["ticket_id"],
-                    redraw=r["redraw"],
-                    prompt_id=r["prompt_id"],
-                    journal_file=r["journal_file"],
-                    journal_sha256=r["sha256"],
-                    oldest_version=r["oldest_version"],
-                    newest_version=r["newest_version"],
-                    reward_mean=r["reward_mean"],
-                    response_tokens=r["response_tokens"],
+            trained = self._in_states(TicketState.TRAINED)
+            for ticket_id in trained:
+                check_transition(ticket_id, TicketState.TRAINED, TicketState.READY)
+                self._note_return(ticket_id, TicketState.READY, ReturnCause.ROLLBACK)
+                self._db.execute(
+                    "UPDATE tickets SET state = ?, trained_step = NULL, staleness = NULL WHERE ticket_id = ?",
+                    (TicketState.READY, ticket_id),
                 )
-                for r in ready
-            )
-            issued = self._db.execute(
-                "SELECT ticket_id, prompt_id FROM tickets WHERE state = ? ORDER BY ticket_id", (TicketState.ISSUED,)
-            )
-            return Recovery(kept, tuple((r["ticket_id"], r["prompt_id"]) for r in issued))
+            return self.journalled(trained)
 
-    def last_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint committed last."""
-        checkpoints = self.checkpoints()
-        return checkpoints[-1] if checkpoints else None
+    def journalled(self, ticket_ids: Iterable[int]) -> tuple[JournalledTicket, ...]:
+        """Where the rollouts of ready tickets are."""
+        return tuple(self._journalled_ticket(ticket_id) for ticket_id in sorted(ticket_ids))
 
-    def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints that are there, the newest last; one that the ledger does not name does not exist."""
-        # In the order of commits: the clock may go back between two of them.
-        rows = self._db.execute(
-            "SELECT path, step, version, sha256 FROM checkpoints WHERE removed_s IS NULL ORDER BY rowid"
+    def _in_states(self, *states: TicketState) -> list[int]:
+        marks = ", ".join("?" * len(states))
+        rows = self.rows(f"SELECT ticket_id FROM tickets WHERE state IN ({marks}) ORDER BY ticket_id", *states)
+        return [r["ticket_id"] for r in rows]
+
+    def _journalled_ticket(self, ticket_id: int) -> JournalledTicket:
+        row = self._one(
+            "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE ticket_id = ?", ticket_id
         )
-        return [Checkpoint(**dict(r)) for r in rows]
+        versions = self.rows("SELECT version FROM ticket_versions WHERE ticket_id = ?", ticket_id)
+        return JournalledTicket(
+            ticket_id=row["ticket_id"],
+            redraw=row["redraw"],
+            prompt_id=row["prompt_id"],
+            journal_file=row["journal_file"],
+            journal_sha256=row["sha256"],
+            oldest_version=row["oldest_version"],
+            newest_version=row["newest_version"],
+            versions=tuple(r["version"] for r in versions),
+            rollouts=row["rollouts"],
+            reward_mean=row["reward_mean"],
+            response_tokens=row["response_tokens"],
+        )
 
     def remove_checkpoints(self, keep: int) -> list[Checkpoint]:
         """Gives up all checkpoints but the newest `keep` and the best, the caller may delete them.
@@ -297,56 +380,29 @@ class Ledger:
                 )
         return given_up
 
-    def state(self, ticket_id: int) -> TicketState:
-        row = self._db.execute("SELECT state FROM tickets WHERE ticket_id = ?", (ticket_id,)).fetchone()
-        if row is None:
-            raise LedgerError(f"ticket {ticket_id} is not in the ledger")
-        return TicketState(row["state"])
-
-    def counts(self) -> dict[str, int]:
-        """Tickets by state, every state present; the values sum to the tickets ever issued."""
-        rows = self._db.execute("SELECT state, COUNT(*) AS n FROM tickets GROUP BY state")
-        found = {r["state"]: int(r["n"]) for r in rows}
-        return {state.value: found.get(state.value, 0) for state in TicketState}
-
-    def drops(self) -> dict[str, int]:
-        """Dropped tickets by reason."""
-        rows = self._db.execute(
-            "SELECT drop_reason, COUNT(*) AS n FROM tickets WHERE state = 'dropped' GROUP BY drop_reason"
-        )
-        return {r["drop_reason"]: int(r["n"]) for r in rows}
-
-    def max_staleness(self) -> int:
-        """Largest staleness that was trained; 0 before the first step."""
-        return int(self._one("SELECT COALESCE(MAX(staleness), 0) AS s FROM tickets")["s"])
-
     # ------------------------------------------------------------------------------------------------------------
-
-    def _format(self) -> int:
-        """The format that the file has, FORMAT where it is new; read before anything is written."""
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-            return FORMAT
-        row = self._db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
-        return FORMAT if row is None else int(row["value"])
-
-    def _back(self, old: TicketState, new: TicketState, columns: str) -> None:
-        for row in self._db.execute("SELECT ticket_id FROM tickets WHERE state = ?", (old,)).fetchall():
-            check_transition(row["ticket_id"], old, new)
-            self._db.execute(f"UPDATE tickets SET state = ?, {columns} WHERE ticket_id = ?", (new, row["ticket_id"]))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        """All or nothing, and nothing at all once another process has taken the ledger over."""
+        with explained(self._path, self._lock_s):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._check_owner()
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk has rolled it back already
+                    self._db.execute("ROLLBACK")
+                raise
 
-    def _one(self, query: str, *values: object) -> sqlite3.Row:
-        row: sqlite3.Row = self._db.execute(query, values).fetchone()
-        return row
+    def _check_owner(self) -> None:
+        newest = self._one("SELECT epoch, owner FROM owners ORDER BY epoch DESC LIMIT 1")
+        if newest["epoch"] != self._epoch:
+            raise FencedError(
+                f"ledger {self._path}: only its owner may write, which is {newest['owner']} with epoch "
+                f"{newest['epoch']}; this process has epoch {self._epoch} and must end"
+            )
 
     def _move(self, tickets: Iterable[int], state: TicketState, **columns: object) -> None:
         with self._transaction():

@@ -1,79 +1,117 @@
-"""Packs policy weights into byte chunks with a table of contents, and unpacks them again, every tensor verified."""
+"""Policy weights as bytes: a manifest that says what they hash to, chunks that carry them, and the check of both.
+
+A publication goes in bounded chunks, so that neither the learner nor the policy store needs room for a second copy of
+the whole policy. `describe` hashes, `lay_out` says what goes where, `cut` makes one chunk at a time, and `unpack` puts
+verified tensors together again.
+"""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distrl.errors import PolicyError
-from distrl.messages import Chunk, Manifest, TensorEntry
+from distrl.errors import DamagedWeightsError
+from distrl.messages import Chunk, Layout, Manifest, Span, TensorEntry
 
 CHUNK_BYTES = 64 << 20
-"""Upper bound of a chunk, unless one tensor alone is larger."""
+"""Upper bound of a chunk."""
 
 
-def pack(
-    tensors: Mapping[str, Tensor], *, version: int, step: int, chunk_bytes: int = CHUNK_BYTES
-) -> tuple[Manifest, list[Chunk]]:
-    """Copies tensors into chunks of at most `chunk_bytes`.
+def describe(tensors: Mapping[str, Tensor], *, version: int, step: int, weights: str = "policy") -> Manifest:
+    """The manifest of some weights; reads every byte of them once.
 
-    Returns:
-        The manifest and the chunks it points into, uint8 arrays.
+    Args:
+        weights: whose they are, see `distrl.tickets.weights_of`.
     """
-    entries: list[TensorEntry] = []
-    parts: list[list[Chunk]] = [[]]
-    sizes = [0]
+    entries = []
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if sizes[-1] and sizes[-1] + flat.nbytes > chunk_bytes:
-            parts.append([])
-            sizes.append(0)
-        entries.append(
-            TensorEntry(
-                name=name,
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                chunk=len(parts) - 1,
-                offset=sizes[-1],
-                bytes=flat.nbytes,
-                sha256=hashlib.sha256(flat.data).hexdigest(),
-            )
-        )
-        parts[-1].append(flat)
-        sizes[-1] += flat.nbytes
-    chunks = [np.concatenate(part) if part else np.empty(0, np.uint8) for part in parts]
-    return Manifest(version, step, tuple(entries), manifest_sha256(entries)), chunks
+        data = _bytes(tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest = hashlib.sha256(data.data).hexdigest()
+        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), data.nbytes, digest))
+    return Manifest(version, step, tuple(entries), manifest_sha256(entries), weights)
 
 
-def unpack(manifest: Manifest, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
-    """The tensors of a publication, copied out of the chunks.
+def lay_out(entries: Iterable[TensorEntry], chunk_bytes: int = CHUNK_BYTES) -> dict[str, tuple[Span, ...]]:
+    """Fills chunks of `chunk_bytes` with tensors in order; what does not fit goes on in the next chunk."""
+    layout: dict[str, tuple[Span, ...]] = {}
+    chunk = used = 0
+    for entry in entries:
+        spans, left = [], entry.bytes
+        while left:
+            if used == chunk_bytes:
+                chunk, used = chunk + 1, 0
+            taken = min(left, chunk_bytes - used)
+            spans.append(Span(chunk, used, taken))
+            used, left = used + taken, left - taken
+        layout[entry.name] = tuple(spans)
+    return layout
+
+
+def cut(tensors: Mapping[str, Tensor], layout: Layout) -> Iterator[Chunk]:
+    """The chunks of a layout in order, each a copy, made when it is asked for."""
+    size = 0
+    parts: list[Chunk] = []
+    for name, spans in layout.items():
+        data, start = _bytes(tensors[name]), 0
+        for span in spans:
+            if span.offset == 0 and size:
+                yield np.concatenate(parts)
+                parts, size = [], 0
+            parts.append(data[start : start + span.bytes])
+            start, size = start + span.bytes, size + span.bytes
+    if size:
+        yield np.concatenate(parts)
+
+
+def unpack(manifest: Manifest, layout: Layout, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+    """The tensors of a layout, copied out of the chunks and compared with their hashes.
 
     Raises:
-        PolicyError: an entry does not lie inside its chunk or its bytes do not have the recorded hash; the message
-            names the version and the tensor.
+        DamagedWeightsError: a span does not lie inside its chunk, or a tensor's bytes do not have the manifest's
+            length or hash; the message names the version and the tensor.
     """
-    tensors = {}
-    for entry in manifest.tensors:
-        where = f"policy version {manifest.version}: tensor {entry.name}"
-        if entry.chunk >= len(chunks) or entry.offset + entry.bytes > chunks[entry.chunk].nbytes:
-            raise PolicyError(
-                f"{where} must lie inside its chunk; chunk {entry.chunk} of {len(chunks)} is too short for bytes "
-                f"{entry.offset} to {entry.offset + entry.bytes}; publish the version again"
+    return {entry.name: _unpack_one(manifest, entry, layout, chunks) for entry in _chosen(manifest, layout)}
+
+
+def _chosen(manifest: Manifest, layout: Layout) -> list[TensorEntry]:
+    return [entry for entry in manifest.tensors if entry.name in layout]
+
+
+def _unpack_one(manifest: Manifest, entry: TensorEntry, layout: Layout, chunks: Sequence[Chunk]) -> Tensor:
+    where = f"policy version {manifest.version}: tensor {entry.name}"
+    for span in layout[entry.name]:
+        if span.chunk >= len(chunks) or span.offset + span.bytes > chunks[span.chunk].nbytes:
+            raise DamagedWeightsError(
+                f"{where} must lie inside its chunks; chunk {span.chunk} of {len(chunks)} is too short for bytes "
+                f"{span.offset} to {span.offset + span.bytes}; publish the version again"
             )
-        data = chunks[entry.chunk][entry.offset : entry.offset + entry.bytes].copy()
-        found = hashlib.sha256(data.data).hexdigest()
-        if found != entry.sha256:
-            raise PolicyError(
-                f"{where} must have sha256 {entry.sha256}, got {found}; the bytes were damaged on the way, "
-                "publish the version again"
-            )
-        dtype = getattr(torch, entry.dtype)
-        # Bytes of a tensor without elements cannot be viewed as another type.
-        flat = torch.from_numpy(data).view(dtype) if entry.bytes else torch.empty(0, dtype=dtype)
-        tensors[entry.name] = flat.reshape(entry.shape)
-    return tensors
+    spans = layout[entry.name]
+    # concatenate copies: the chunks of an object store are read-only, and an engine may keep what it gets.
+    data = np.concatenate([chunks[s.chunk][s.offset : s.offset + s.bytes] for s in spans] or [np.empty(0, np.uint8)])
+    found = hashlib.sha256(data.data).hexdigest()
+    if found != entry.sha256:
+        raise DamagedWeightsError(
+            f"{where} must have sha256 {entry.sha256}, got {found}; the bytes were damaged on the way, "
+            "publish the version again"
+        )
+    dtype = getattr(torch, entry.dtype)
+    if entry.bytes != math.prod(entry.shape) * dtype.itemsize:
+        raise DamagedWeightsError(
+            f"{where} must have {math.prod(entry.shape) * dtype.itemsize} bytes for shape {list(entry.shape)} and "
+            f"type {entry.dtype}, got {entry.bytes}; publish the version again"
+        )
+    # Bytes of a tensor without elements cannot be viewed as another type.
+    flat = torch.from_numpy(data).view(dtype) if entry.bytes else torch.empty(0, dtype=dtype)
+    return flat.reshape(entry.shape)
+
+
+def _bytes(tensor: Tensor) -> Chunk:
+    """The bytes of a tensor; shares its memory where it lies contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def manifest_sha256(entries: Sequence[TensorEntry]) -> str:

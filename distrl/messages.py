@@ -11,18 +11,52 @@ Chunk = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Which process somebody is."""
+
+    pid: int
+    host: str
+    node: str
+    """Ray's id of the node; empty outside Ray."""
+    started_ns: int
+    """When it was started, in nanoseconds since the epoch: with host and pid it names a process."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerStart:
+    """What a learner process is told when it begins."""
+
+    session: int
+    """To be given with its calls, so that those of a process that it replaces can be told apart."""
+    checkpoint: str | None
+    """Directory of the checkpoint that the ledger named last, None where there is none."""
+    publish: bool
+    """Whether the weights that it loads have to be published before the first step."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationReceipt:
     """A ticket was sampled; its rollouts are in the batch that came with this receipt."""
 
     ticket_id: int
     rollouts: int
     response_tokens: int
-    oldest_version: int
-    newest_version: int
+    truncated: int
+    """Rollouts cut at `max_new_tokens`."""
+    versions: tuple[int, ...]
+    """All policy versions that sampled one of its tokens, in order."""
     bytes: int
     """Size of the batch in the object store."""
     started_s: float
     finished_s: float
+
+    @property
+    def oldest_version(self) -> int:
+        return self.versions[0]
+
+    @property
+    def newest_version(self) -> int:
+        return self.versions[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +66,8 @@ class GradingReceipt:
     reward_sums: tuple[float, ...]
     correct: tuple[int, ...]
     rollouts: tuple[int, ...]
+    failures: tuple[str | None, ...]
+    """Why a ticket could not be graded; its rollouts are not in the batch, and its numbers are 0."""
     bytes: int
     started_s: float
     finished_s: float
@@ -67,30 +103,74 @@ class LoadReceipt:
     pause_s: float
     """Seconds in which no token was sampled."""
     sequences_in_flight: int
+    moved_bytes: int = 0
+    """Bytes of the tensors that were fetched; those that the actor had already did not move."""
+    moved_tensors: int = 0
+
+
+Content = tuple[str, tuple[int, ...], str]
+"""Type, shape and hash of a tensor: equal for two tensors that hold the same values."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in the chunks of a publication, and what it must hash to."""
+    """One tensor of a policy: what it is called and what it must hash to."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunk: int
-    offset: int
     bytes: int
     sha256: str
+
+    @property
+    def content(self) -> Content:
+        return self.dtype, self.shape, self.sha256
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The table of contents of one published policy version."""
+    """The table of contents of one published policy version. Where the bytes lie is not part of it."""
 
     version: int
     step: int
     tensors: tuple[TensorEntry, ...]
     sha256: str
     """Hash over the entries; two manifests with the same hash hold the same weights."""
+    weights: str = "policy"
+    """Whose they are: see `distrl.tickets.weights_of`. Versions of different weights have nothing to do with each
+    other; equal tensors are kept once all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Some bytes of a tensor: `bytes` of them from `offset` in chunk number `chunk` of a message."""
+
+    chunk: int
+    offset: int
+    bytes: int
+
+
+Layout = Mapping[str, tuple[Span, ...]]
+"""Where tensors lie in the chunks of a message, by name; a tensor larger than a chunk lies in several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the policy store answers an actor that pulls a version: the tensors that it does not have yet."""
+
+    manifest: Manifest
+    layout: Layout
+    """Of the tensors that must move; the others are what the actor said it had."""
+    chunks: tuple[object, ...]
+    """References to the chunks that `layout` counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishAgain:
+    """Asks the learner for the weights that it published last: the policy store has lost or damaged them."""
+
+    version: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +206,5 @@ class StepReport:
     last_publish_s: float
     """Seconds that the step before took to publish its weights and to checkpoint."""
     metrics: Mapping[str, float]
+    skipped: str | None = None
+    """Why the step left the weights as they were, where it did; names its tickets."""

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor  # the config imports this module, and the CLI must start without torch
 
 FinishReason = Literal["stop", "length"]
+
+UpdateMode = Literal["keep", "recompute"]
+"""What new weights do to the keys and values of sequences in flight: stay, or are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,23 @@ class LoadReport:
     """Responses that go on under the new weights."""
 
 
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that can give its device's memory back for a while."""
+
+    async def sleep(self) -> None:
+        """Give back the memory of weights and cache; nothing may be in flight, and nothing is sampled until `wake`.
+
+        Raises:
+            StageError: requests are in flight; nothing has changed.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Take the memory again. Which weights the engine holds then is not said: load some before sampling."""
+        ...
+
+
 class Engine(Protocol):
     """Samples tokens from the weights it holds; many requests at once, new weights between two tokens."""
 
@@ -80,9 +100,16 @@ class Engine(Protocol):
         """The request's responses, in order of their index."""
         ...
 
-    async def load(self, version: int, tensors: Mapping[str, "Tensor"]) -> LoadReport:
-        """Replace all weights between two decode steps; requests in flight are kept and go on.
+    @property
+    def loads_changes(self) -> bool:
+        """Whether `load` takes some tensors alone; where it does not, all of them are fetched for every version."""
+        ...
 
+    async def load(self, version: int, tensors: Mapping[str, "Tensor"], *, changed_only: bool = False) -> LoadReport:
+        """Replace weights between two decode steps; requests in flight are kept and go on.
+
+        Args:
+            changed_only: `tensors` may lack those that are the same as in the loaded version.
         Raises:
             PolicyError: a tensor is missing, unknown or misshapen; the old weights stay.
         """

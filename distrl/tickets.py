@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from distrl.errors import LedgerError
+from distrl.schema import Role
 from distrl.tasks.problem import Message
 
 
@@ -42,7 +43,41 @@ class DropReason(StrEnum):
     GRADING_FAILED = "grading_failed"
     REFERENCE_FAILED = "reference_failed"
     JOURNAL_FAILED = "journal_failed"
+    POISON = "poison"
+    """Worker after worker died that had it."""
     RUN_ENDED = "run_ended"
+
+
+POLICY_WEIGHTS = "policy"
+"""Name of the weights that are trained."""
+
+_WEIGHTS = {Role.REFERENCE: "reference", Role.OPPONENT: "opponent"}
+
+
+def weights_of(role: str) -> str:
+    """Name of the weights that a role's responses are sampled from.
+
+    `policy`: the newest that the learner published. `reference`: the reference model, fixed. `opponent`: an anchor of
+    the policy, published under that name.
+    """
+    return _WEIGHTS.get(Role(role), POLICY_WEIGHTS)
+
+
+class ReturnCause(StrEnum):
+    """Why a ticket went back to an earlier state."""
+
+    RESTART = "restart"
+    """It was being sampled or graded when the process that followed it ended."""
+    ROLLBACK = "rollback"
+    """Its step was not part of a checkpoint when the learner ended."""
+    TOO_STALE = "too_stale"
+    """It could not be trained within `train.max_staleness` any more."""
+    ABANDONED_BRANCH = "abandoned_branch"
+    """Weights sampled it that no checkpoint goes back to."""
+    DATA_LOST = "data_lost"
+    """Its rollouts were lost with a node before they were in the journal."""
+    JOURNAL_LOST = "journal_lost"
+    """Its rollouts could not be read back."""
 
 
 def check_transition(ticket_id: int, old: TicketState, new: TicketState) -> None:
@@ -69,6 +104,8 @@ class Ticket:
     """Names the ticket's sampling noise (`distrl.seeding`)."""
     messages: tuple[Message, ...] = ()
     """The conversation, where the prompt is one; generation applies the model's chat template to it."""
+    v_star: float | None = None
+    """The prompt's optimal value, where the objective reads one; see `distrl.values_table`."""
 
     def rollout_id(self, group_index: int) -> str:
         return f"{self.role[0]}{self.ticket_id}.{self.redraw}.{group_index}"

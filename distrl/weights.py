@@ -48,14 +48,20 @@ def check_newer(version: int, loaded: int) -> None:
         )
 
 
-def check_policy(version: int, expected: Mapping[str, "Tensor"], tensors: Mapping[str, "Tensor"]) -> None:
+def check_policy(
+    version: int, expected: Mapping[str, "Tensor"], tensors: Mapping[str, "Tensor"], *, changed_only: bool = False
+) -> None:
     """Refuse a set of tensors that differs from the expected one in a name or a shape; dtypes may differ.
 
+    Args:
+        changed_only: tensors may be missing; those stay as they are.
     Raises:
         PolicyError: names the first tensor that is missing, unknown or misshapen.
     """
     for name, tensor in expected.items():
         if name not in tensors:
+            if changed_only:
+                continue
             raise PolicyError(
                 f"policy version {version}: tensor {name!r} must be given with shape {list(tensor.shape)}, "
                 f"but is missing; {REMEDY}"
@@ -78,5 +84,5 @@ def copy_policy(expected: Mapping[str, "Tensor"], tensors: Mapping[str, "Tensor"
     import torch
 
     with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            expected[name].copy_(tensor)

@@ -16,11 +16,21 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from distrl.config import Config
+from distrl.graders.config import GraderConfig
 from distrl.objectives import Option, options, recipe_names
 
 PAGE = Path(__file__).with_name("config.md")
 
-_TYPES = {int: "integer", float: "number", str: "text", Path: "path", bool: "boolean", object: "any value"}
+_TYPES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    Path: "path",
+    bool: "boolean",
+    object: "any value",
+    Any: "any value",
+}
+_TYPES[GraderConfig] = "grader"
 _SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
 
 _HEAD = """\
@@ -49,6 +59,7 @@ Durations end in `_s` and are seconds; sizes end in `_bytes`.
 - `evaluation.problems` is at most the number of held-out problems.
 - `reference.path` stays empty where the objective reads no reference model.
 - `objective.options` are options of `objective.recipe`; see [Options of the recipes](#options-of-the-recipes).
+- `reward.grader` and `reward.graders` are not both set.
 - A recipe is refused that could push no response down, or whose baseline is the mean of a group of one response.
 """
 
@@ -58,6 +69,8 @@ def render() -> str:
     parts = [_HEAD, "## Top level\n\n" + _table(Config, "")]
     for name, section in _sections():
         parts.append(f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n{_table(section, f'{name}.')}")
+    graders = f"## reward.graders.NAME\n\n{inspect.cleandoc(GraderConfig.__doc__ or '')}\n\n"
+    parts.append(graders + _table(GraderConfig, "reward.graders.NAME."))
     recipes = [f"### {name}\n\n{_options(options(name))}" for name in recipe_names()]
     return "\n".join([*parts, "## Options of the recipes\n\nKeys of `objective.options`.\n", *recipes])
 

@@ -7,6 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from distrl.graders.grade import Grader
+from distrl.graders.limited import LimitedGrader, Limits
+from distrl.graders.thread import ThreadPool
 from distrl.schema import SCHEMAS, Role, Stage, record_batch
 from distrl.tickets import Ticket
 
@@ -59,6 +62,7 @@ def generation_columns(
         "top_k": [0] * rows,
         "max_new_tokens": [8] * rows,
         "engine": ["fake"] * rows,
+        "v_star": [None] * rows,
         "generation_started_s": [100.0] * rows,
         "generation_finished_s": [101.0] * rows,
     }
@@ -119,3 +123,8 @@ def _number(rollout_id: str) -> float:
     """Another number for each rollout: p12.0.3 is 12 + 3/8, which is exact in float32."""
     ticket, _, index = rollout_id[1:].split(".")
     return int(ticket) + int(index) / 8
+
+
+def threaded(name: str, grader: Grader, timeout_s: float = DEADLINE_S, **limits: Any) -> LimitedGrader:
+    """A plain grader as the grading stage calls it."""
+    return LimitedGrader(name, ThreadPool(name, grader), Limits(timeout_s, **limits))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrl.errors import ConfigError, StageError
+from distrl.graders.registry import BUILT_IN
 from distrl.rewards import Grade, exact, make_grader, numeric, reasoning_gym
 from distrl.tasks import DataConfig, Problem, load_task
 
@@ -203,7 +204,7 @@ def test_unknown_grader_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError) as error:
         make_grader("exakt")
     assert str(error.value) == (
-        "reward.grader must be one of exact, numeric, math_verify, reasoning_gym or module:function, got 'exakt'; "
+        f"reward.grader must be one of {', '.join(BUILT_IN)} or module:function, got 'exakt'; "
         "name the function as my_package.my_module:my_grader"
     )
 

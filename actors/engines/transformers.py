@@ -13,7 +13,7 @@ from actors.engines.decode import Decoder
 from actors.engines.request_rules import check_request
 from actors.engines.rows import Job
 from distrl.errors import ConfigError, PolicyError, StageError
-from distrl.sampling import LoadReport, Sample, SampleRequest
+from distrl.sampling import LoadReport, Sample, SampleRequest, UpdateMode
 from distrl.seeding import sampling_noise
 
 T = TypeVar("T")
@@ -58,15 +58,17 @@ class TransformersEngine:
         slots: int,
         threads: int,
         version: int = 0,
+        update_mode: UpdateMode = "keep",
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         """
         Args:
-            model: on one device, with full attention in every layer.
+            model: on one device, with full or sliding-window attention in every layer.
             slots: responses that are sampled at the same time, >= 1; a multiple of 32 wastes none.
             threads: torch threads, >= 1, set for the whole process. Only with 1 is a request's result independent,
                 to the last bit, of what runs beside it.
             version: policy version of the model's weights.
+            update_mode: what becomes of the keys and values of sequences in flight when new weights are loaded.
             on_step: called in the decode thread after every step with the number of steps so far; new requests and
                 weights take effect when it returns. For tests that place an event between two steps.
         Raises:
@@ -95,6 +97,7 @@ class TransformersEngine:
             pad_token_id=pad_token_id,
             slots=slots,
             version=version,
+            update_mode=update_mode,
         )
         self._on_step = on_step
         self._threads = threads
@@ -149,16 +152,22 @@ class TransformersEngine:
                 self._ask(None, cancel)
             raise
 
-    async def load(self, version: int, tensors: Mapping[str, Tensor]) -> LoadReport:
-        """Replace all weights between two decode steps; `tensors` must not change until this returns.
+    @property
+    def loads_changes(self) -> bool:
+        return True
 
+    async def load(self, version: int, tensors: Mapping[str, Tensor], *, changed_only: bool = False) -> LoadReport:
+        """Replace weights between two decode steps; `tensors` must not change until this returns.
+
+        Args:
+            changed_only: what `tensors` lacks stays as it is.
         Raises:
             PolicyError: a tensor is missing, unknown or misshapen, or the version is older than the loaded one; the old
                 weights stay.
             StageError: the engine has stopped.
         """
         # Here rather than in the thread, which goes on sampling meanwhile.
-        self._decoder.check(version, tensors)
+        self._decoder.check(version, tensors, changed_only=changed_only)
         reply: _Reply[LoadReport] = _Reply()
 
         def load() -> None:
@@ -232,11 +241,10 @@ class TransformersEngine:
 
 
 def _check_model(config: Any) -> None:
-    everywhere = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-    layer_types = set(getattr(config, "layer_types", None) or [everywhere])
-    if layer_types != {"full_attention"}:
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not layer_types <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
-            "transformers engine: every layer of the model must have full attention, "
+            "transformers engine: every layer of the model must have full or sliding-window attention, "
             f"got {', '.join(sorted(layer_types))}; use the vLLM engine for this model"
         )
     attention = config._attn_implementation

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.commands.arguments import ConfigPath, Json, Overrides, print_json
+from deploy.commands.arguments import AllowUnsandboxed, ConfigPath, Json, Overrides, print_json, with_sandbox
 
 if TYPE_CHECKING:
     from deploy.evaluate import Advance
@@ -30,6 +30,7 @@ def evaluate(
     k: Ks = None,
     heldout: More = None,
     as_json: Json = False,
+    allow_unsandboxed: AllowUnsandboxed = False,
 ) -> None:
     """Measure MODEL on the held-out problems of CONFIG, and on others: accuracy and pass@k with 95% intervals.
 
@@ -41,7 +42,7 @@ def evaluate(
     from deploy.evaluate import evaluate_model
     from distrl.config import load_config
 
-    loaded = load_config(config, [*(overrides or []), f"model.path={json.dumps(str(model))}"])
+    loaded = load_config(config, [*with_sandbox(overrides, allow_unsandboxed), f"model.path={json.dumps(str(model))}"])
     with _progress() as advance:
         found = evaluate_model(loaded, heldout or [], samples, k or [], advance)
     for one in found["sets"]:

@@ -4,45 +4,53 @@ import time
 from typing import Any
 
 from actors.calls import RayCaller
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
+from actors.updates import UpdateLimits
+from deploy.remote.located import Located
+from deploy.roles import GENERATION_STAGES, weights_by_role
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.ledger import Ledger
+from distrl.schema import Role
 from distrl.tasks import load_task, prompt_index
+from distrl.values_table import read_table
 
 
-class CoordinatorActor(Coordinator):
-    """`Coordinator` over the handles of the other actors."""
+class CoordinatorActor(Coordinator, Located):
+    """`Coordinator` over the handles of the other actors.
+
+    Stages join it, when it begins and when one of their processes was replaced. Ray starts it again when its process
+    dies: it then goes on from ledger and journal, and the supervisor lets everybody join again.
+    """
 
     def __init__(
         self,
         config: Config,
         run_dir: RunDir,
-        handles: dict[str, list[Any]],
-        left_out: frozenset[str] = frozenset(),
+        journal: Any,
+        scores_reference: bool,
+        left_out: frozenset[str],
+        samples: frozenset[Role],
     ) -> None:
-        pools = {}
-        for stage, capacity in (
-            ("generation", config.generation.slots),
-            ("grading", config.grading.concurrency),
-            ("reference", 1),
-        ):
-            pools[stage] = Pool(stage)
-            for i, handle in enumerate(handles[stage]):
-                pools[stage].add(RayCaller(f"{stage}-{i}", handle), capacity)
+        generation = dict.fromkeys(GENERATION_STAGES.values(), config.generation.slots)
+        self._capacity = {**generation, "grading": config.grading.concurrency, "reference": 1}
         pipeline = Pipeline(
-            pools["generation"],
-            pools["grading"],
-            pools["reference"] if handles["reference"] else None,
-            RayCaller("journal", handles["journal"][0]),
+            Pool("generation"),
+            Pool("grading"),
+            Pool("reference") if scores_reference else None,
+            RayCaller("journal", journal),
             pipeline_limits(config),
             time.time,
+            own_pools={
+                role: Pool(GENERATION_STAGES[role]) for role in weights_by_role(config, samples) if role != Role.POLICY
+            },
         )
         super().__init__(
-            coordinator_settings(config),
+            coordinator_settings(config, samples),
             Ledger(run_dir.ledger),
             make_prompts(config, left_out),
             pipeline,
@@ -50,20 +58,30 @@ class CoordinatorActor(Coordinator):
             time.time,
         )
 
+    async def join_actor(self, stage: str, name: str, handle: Any) -> None:
+        """A stage's process is there; see `Coordinator.join`."""
+        await self.join(stage, RayCaller(name, handle), self._capacity[stage])
+
 
 def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:
     """What tickets and evaluations draw from; the same in every process.
 
     Args:
-        left_out: ids of the prompts that the driver found to be too long; it has the tokenizer, this process has not.
+        left_out: ids of the prompts that the driver found to be too long, or never solved by the reference; it has the
+            tokenizer, this process has not.
     """
-    task = load_task(config.data).without(left_out)
+    task = load_task(config.data)
+    if config.vstar.drop_unsolved:
+        task = task.in_memory()  # only then a prompt can be left out of a set that is made when it is asked for
+    task = task.without(left_out)
+    values = {} if config.vstar.path is None else read_table(config.vstar.path).by_prompt()
     seed, size = config.run.seed, len(task.train)
     heldout = task.heldout[: config.evaluation.problems]
     return Prompts(
         draw=lambda ticket_id: task.train[prompt_index(seed, ticket_id, size)],
         heldout=heldout,
         heldout_during=heldout[: config.evaluation.problems_during],
+        values=values,
     )
 
 
@@ -72,6 +90,7 @@ def pipeline_limits(config: Config) -> PipelineLimits:
     return PipelineLimits(
         attempts=config.limits.call_attempts,
         retry_delay_s=config.limits.retry_delay_s,
+        outage_s=config.limits.outage_s,
         generation_timeout_s=config.generation.timeout_s,
         grading_timeout_s=config.grading.timeout_s,
         reference_timeout_s=config.reference.timeout_s,
@@ -81,7 +100,7 @@ def pipeline_limits(config: Config) -> PipelineLimits:
     )
 
 
-def coordinator_settings(config: Config) -> CoordinatorSettings:
+def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset()) -> CoordinatorSettings:
     """The coordinator's part of the config."""
     return CoordinatorSettings(
         seed=config.run.seed,
@@ -89,10 +108,16 @@ def coordinator_settings(config: Config) -> CoordinatorSettings:
         group_size=config.rollout.group_size,
         admission=config.admission,
         on_stale=config.train.on_stale,
-        call_attempts=config.limits.call_attempts,
-        sync_timeout_s=config.limits.sync_timeout_s,
+        updates=UpdateLimits(
+            attempts=config.limits.call_attempts,
+            retry_delay_s=config.limits.retry_delay_s,
+            sync_timeout_s=config.limits.sync_timeout_s,
+            publish_timeout_s=config.limits.publish_timeout_s,
+        ),
         ready_bytes=config.limits.ready_bytes,
         drops_in_a_row=config.limits.drops_in_a_row,
         evaluate_every_steps=config.evaluation.every_steps,
         keep_checkpoints=config.train.keep_checkpoints,
+        turns=config.placement.mode == "turns",
+        opponents=Role.OPPONENT in samples,
     )

@@ -1,39 +1,77 @@
 """The generation actor."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 
-from actors.calls import RayCaller, unwrap
+from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_engine
-from actors.generation import Generation
+from actors.generation import Fetch, Generation
+from deploy.remote.located import Located
 from distrl.config import Config
-from distrl.messages import Chunk, Manifest
+from distrl.errors import DeadlineError, LostWeightsError
+from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer
 from distrl.prompts import PromptEncoder
 from distrl.tasks.problem import Message
+from distrl.tickets import POLICY_WEIGHTS
 
 
-class GenerationActor(Generation):
-    """`Generation` with the engine that the config names."""
+class GenerationActor(Generation, Located):
+    """`Generation` with the engine that the config names, once for each of the weights that it samples from."""
 
-    def __init__(self, config: Config, name: str, store: Any) -> None:
-        caller = RayCaller("policy-store", store)
-
-        async def fetch(version: int) -> tuple[Manifest, list[Chunk]]:
-            timeout_s = config.limits.sync_timeout_s
-            manifest, refs = await caller.ask("fetch", version, timeout_s=timeout_s)
-            try:
-                return manifest, [await ref for ref in refs]
-            except ray.exceptions.RayTaskError as error:
-                raise unwrap(error, f"{name} fetching policy version {version}") from error
-
+    def __init__(self, config: Config, name: str, store: Any, weights: Sequence[str] = (POLICY_WEIGHTS,)) -> None:
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
-        engine = build_engine(config, tokenizer)
-        super().__init__(name, engine, ModelText(tokenizer), config.sampling, fetch)
+        engines = {one: build_engine(engine_config(config, one), tokenizer) for one in weights}
+        super().__init__(
+            name, engines, ModelText(tokenizer), config.sampling, store_fetch(name, store, config.limits.sync_timeout_s)
+        )
+
+
+def engine_config(config: Config, weights: str) -> Config:
+    """The config for the engine of these weights: the directory that it starts from, and its part of the device."""
+    changes: dict[str, Any] = {}
+    if weights == "reference" and config.reference.path is not None:
+        changes["model"] = config.model.model_copy(update={"path": config.reference.path})
+    if config.generation.engine == "vllm" and config.placement.mode in ("shared", "turns"):
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.placement.generation_share}
+        if config.placement.mode == "turns":
+            memory["enable_sleep_mode"] = True
+        arguments = {**config.generation.engine_args, **memory}
+        changes["generation"] = config.generation.model_copy(update={"engine_args": arguments})
+    return config.model_copy(update=changes)
+
+
+def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:
+    """How the generation actor `name` gets weights from the policy store's actor, in at most `timeout_s` seconds."""
+    caller = RayCaller("policy-store", store)
+
+    async def fetch(weights: str, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, list[Chunk]]:
+        what = f"{name} fetching {weights} version {version}"
+        try:
+            async with asyncio.timeout(timeout_s):
+                delivery: Delivery = await caller.ask("fetch", version, have, weights, timeout_s=timeout_s)
+                references: Any = delivery.chunks
+                # One after the other: what is verified next is what came first, and the network is shared anyway.
+                return delivery.manifest, delivery.layout, [await reference for reference in references]
+        except (TimeoutError, ray.exceptions.GetTimeoutError):
+            raise DeadlineError(
+                f"{what} from policy-store must end within limits.sync_timeout_s = {timeout_s:g} s, it did not"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error, what) from error
+        except (ray.exceptions.RayError, WorkerLostError) as error:
+            # The store's process is gone, and with it the chunks that it owned.
+            raise LostWeightsError(
+                f"{what}: the policy store must have its chunks, it has lost them ({type(error).__name__}); "
+                "the learner has to publish it again"
+            ) from error
+
+    return fetch
 
 
 class ModelText:

@@ -1,17 +1,20 @@
 """The grading actor."""
 
 from actors.grading import Grading
+from deploy.remote.located import Located
 from distrl.config import Config
-from distrl.rewards import importable_from, make_grader
+from distrl.graders.build import Graders, build_graders, describe, resources
+from distrl.graders.registry import importable_from
 
 
-class GradingActor(Grading):
-    """`Grading` with the run's grader.
+class GradingActor(Grading, Located):
+    """`Grading` with the run's graders.
 
     Args:
         folder: where the run was started; a grader of the user's own may be a module there.
     """
 
-    def __init__(self, config: Config, grader_name: str, folder: str) -> None:
+    def __init__(self, config: Config, graders: Graders, folder: str) -> None:
         importable_from(folder)
-        super().__init__(grader_name, make_grader(grader_name), config.grading.concurrency)
+        concurrency = config.grading.concurrency
+        super().__init__(describe(graders), build_graders(graders, concurrency, resources(config)), concurrency)

@@ -119,6 +119,13 @@ def _bound_note(bound: object, on_stale: object) -> str:
     return f"steps; allowed {bound}" if on_stale == "wait" else f"steps; aim {bound}, kept beyond"
 
 
+def _graders(facts: Facts) -> str:
+    graders = facts.setting("reward.graders")
+    if isinstance(graders, dict) and graders:
+        return " + ".join(f"{number(one.get('weight', 1.0))} {name}" for name, one in graders.items())
+    return str(facts.setting("reward.grader") or "the data source's own")
+
+
 def _settings(facts: Facts) -> tuple[tuple[str, str], ...]:
     def get(name: str) -> str:
         value = facts.setting(name)
@@ -132,7 +139,7 @@ def _settings(facts: Facts) -> tuple[tuple[str, str], ...]:
     return (
         ("Model", get("model.path")),
         ("Data", get("data.source") + (f", {data_path}" if data_path else "")),
-        ("Grader", get("reward.grader") if facts.setting("reward.grader") else "the data source's own"),
+        ("Grader", _graders(facts)),
         ("Objective", get("objective.recipe") + (f" ({chosen})" if chosen else "")),
         ("A step", f"{get('train.tickets_per_step')} prompts {TIMES} {get('rollout.group_size')} responses"),
         ("Learning rate", f"{get('train.learning_rate')}, gradient norm clipped to {get('train.max_grad_norm')}"),

@@ -30,7 +30,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
     recorder: Recorder, path: Path
 ) -> None:
     recorder.event("failed", "disk full")
-    recorder.load("generation-0", LoadReceipt(version=4, fetch_s=0.5, pause_s=0.25, sequences_in_flight=7))
+    recorder.load("generation-0", LoadReceipt(4, 0.5, 0.25, 7, moved_bytes=64, moved_tensors=2), "policy")
     recorder.evaluation({"name": "before", "accuracy": 0.5})
 
     expected = [
@@ -40,10 +40,13 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
             "time_s": 101.0,
             "kind": "load",
             "actor": "generation-0",
+            "weights": "policy",
             "version": 4,
             "fetch_s": 0.5,
             "pause_s": 0.25,
             "sequences_in_flight": 7,
+            "moved_bytes": 64,
+            "moved_tensors": 2,
         },
         {"number": 2, "time_s": 102.0, "kind": "evaluation", "name": "before", "accuracy": 0.5},
     ]
@@ -52,7 +55,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
 
 
 def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder) -> None:
-    recorder.step(REPORT, rewards=[0.0, 0.5, 1.0, 0.5], staleness=[0, 1, 3, 0], tokens=77)
+    recorder.step(REPORT, rewards=[0.0, 0.0, 1.0, 1.0], staleness=[0, 1, 3, 0], tokens=77)
     assert recorder.after(-1) == [
         {
             "number": 0,
@@ -62,10 +65,13 @@ def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder
             "wait_s": 0.5,
             "train_s": 1.5,
             "last_publish_s": 0.25,
+            "skipped": None,
             "metrics": {"loss": 2.0},
             "reward_mean": 0.5,
+            "reward_standard_deviation": 0.5,
             "staleness_mean": 1.0,
             "staleness_max": 3,
+            "staleness_counts": {"0": 2, "1": 1, "3": 1},
             "response_tokens": 77,
         }
     ]

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from distrl.seeding import Purpose, generator, sampling_noise
+from distrl.seeding import Purpose, generator, response_seeds, sampling_noise
 
 
 def counter_based_uniforms(stream: tuple[int, ...], count: int) -> list[float]:
@@ -49,6 +49,13 @@ def test_every_seed_purpose_ticket_and_redraw_has_numbers_of_its_own() -> None:
     assert len(firsts) == 4 * len(Purpose) * 6 * 3
 
 
+def test_a_response_s_seed_depends_on_the_stream_and_its_index_alone() -> None:
+    assert response_seeds((0, 1, 5, 0), 3) == response_seeds((0, 1, 5, 0), 8)[:3]
+    seeds = [seed for ticket in range(50) for redraw in range(2) for seed in response_seeds((0, 1, ticket, redraw), 16)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
 @pytest.mark.parametrize("words", [(1, 2), (2, 1)])
 def test_the_order_of_the_words_matters(words: tuple[int, int]) -> None:
     assert generator(0, Purpose.TASK, *words).random() != generator(0, Purpose.TASK, *reversed(words)).random()
@@ -63,4 +70,6 @@ def test_a_purpose_keeps_its_number() -> None:
         "TASK": 4,
         "MODEL": 5,
         "WARMUP": 6,
+        "REFERENCE_SAMPLING": 7,
+        "OPPONENT": 8,
     }

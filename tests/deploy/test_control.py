@@ -1,5 +1,6 @@
 """Looking at a run and stopping it by its directory."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from deploy import control
 from deploy.interrupt import stop_on_interrupt
 from deploy.run import resumable
 from deploy.run_dir import RunDir, write_json
-from deploy.run_state import RunState, claim, read_state, write_state
+from deploy.run_state import RunState, claim, read_state, release, write_state
 from distrl.errors import DeadlineError, RefusedError, RunError
 from distrl.ledger import Ledger
 
@@ -52,6 +53,20 @@ def test_a_run_that_is_running_is_not_claimed_twice(run_dir: RunDir) -> None:
     with pytest.raises(RefusedError) as error:
         claim(run_dir)
     assert str(error.value) == f"{run_dir.path}: the run must not be running, process {os.getpid()} runs it"
+
+
+def test_of_two_drivers_that_look_at_the_same_moment_one_is_refused(run_dir: RunDir) -> None:
+    write_json(run_dir.run_json, {"format": 1, "name": "mine", "state": "stopped"})
+    lock = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # the other has the lock, and has not written run.json yet
+    before = run_dir.run_json.read_text()
+    with pytest.raises(RefusedError) as error:
+        claim(run_dir)
+    assert str(error.value) == f"{run_dir.path}: the run must not be running, process of another driver runs it"
+    assert run_dir.run_json.read_text() == before
+    os.close(lock)
+    release(run_dir, claim(run_dir), RunState.STOPPED)
+    release(run_dir, claim(run_dir), RunState.STOPPED)
 
 
 def test_stop_asks_waits_and_tells_how_the_run_ended(run_dir: RunDir) -> None:
@@ -106,7 +121,6 @@ def test_a_run_of_a_newer_format_is_refused(run_dir: RunDir) -> None:
     [
         (RunState.RUNNING, "the run must not be running to be resumed; stop it with: distrl stop {}"),
         (RunState.FINISHED, "the run must have steps left to be resumed, it has done all of them; start a new one"),
-        (RunState.STOPPED, "the run must have a checkpoint to be resumed, it ended before the first; start anew"),
     ],
 )
 def test_a_run_that_cannot_go_on_is_refused(run_dir: RunDir, state: RunState, message: str) -> None:

@@ -25,7 +25,7 @@ from distrl.seeding import Purpose
 from distrl.tasks import Problem, load_task
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
-from tests.builders import refusal, run
+from tests.builders import refusal, run, threaded
 from tests.deploy.commands import call
 
 PROBLEMS = 12
@@ -167,7 +167,7 @@ def test_where_nothing_can_be_judged_the_last_cause_is_told(config: Path, model:
     problem = load_task(loaded.data).heldout[0]
     assert refusal(StageError, lambda: measure(loaded)) == (
         f"held-out set heldout: none of 1 problems could be judged; grader {__name__}:fails failed on prompt "
-        f"{problem.prompt_id}: ValueError: the grader is broken"
+        f"{problem.prompt_id}, rollout {problem.prompt_id}.0: ValueError: the grader is broken"
     )
 
 
@@ -182,8 +182,8 @@ def test_an_engine_that_stops_ends_the_evaluation(config: Path, model: Path) -> 
         def decode(self, token_ids: Sequence[int]) -> str:
             return ""
 
-    sampler = evaluate.Sampler(engine, Words(), make_grader("exact"), loaded, samples=1)
-    heldout = evaluate.HeldOut("heldout", [Problem.of("a", "b"), Problem.of("c", "d")], "exact")
+    sampler = evaluate.Sampler(engine, Words(), threaded("exact", make_grader("exact")), loaded, samples=1)
+    heldout = evaluate.HeldOut("heldout", [Problem.of("a", "b"), Problem.of("c", "d")], {})
     with pytest.raises(StageError, match=r"^generation engine: stopped by RuntimeError: out of memory$"):
         asyncio.run(evaluate.measure_set(sampler, heldout, (1,), lambda *_: None))
     assert len(engine.requests) == 2

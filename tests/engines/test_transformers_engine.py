@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM
 
 from actors.engines.transformers import TransformersEngine
 from distrl.errors import ConfigError, PolicyError, StageError
@@ -155,6 +155,35 @@ def test_weights_that_arrive_between_two_steps_sample_every_later_token_over_the
     for s in run(scenario()):
         assert s.versions == [0] * 4 + [5] * 8
         assert_close(s.logps, switched_logps(old, new, r.prompt_token_ids, s.token_ids, switch=4))
+
+
+def test_a_recomputed_cache_makes_every_later_token_one_of_the_version_it_names() -> None:
+    old, new = tiny_model(seed=1), tiny_model(seed=2)
+    # Rows of three lengths, more than are computed together; the update comes after 4 tokens of each.
+    requests = [request(f"r{n}", range(2, 2 + n), 7, max_new_tokens=12, stream=n) for n in (1, 5, 17)]
+    gate = StepGate(3)
+
+    async def scenario() -> list[list[Sample]]:
+        engine = tiny_engine(tiny_model(seed=1), eos_token_ids=(), slots=32, on_step=gate, update_mode="recompute")
+        sampling = asyncio.gather(*(engine.sample(r) for r in requests))
+        await gate.reached()
+        loading = asyncio.create_task(engine.load(5, policy_tensors(new)))
+        await asyncio.sleep(0)
+        gate.open()
+        assert (await loading).sequences_in_flight == 21
+        samples = await sampling
+        await engine.close()
+        return samples
+
+    for r, samples in zip(requests, run(scenario()), strict=True):
+        for s in samples:
+            assert set(s.versions) == {0, 5}
+            by_version = {0: full_logps(old, r.prompt_token_ids, s.token_ids)}
+            by_version[5] = full_logps(new, r.prompt_token_ids, s.token_ids)
+            expected = [
+                by_version[v][t, token] for t, (v, token) in enumerate(zip(s.versions, s.token_ids, strict=True))
+            ]
+            assert_close(s.logps, torch.stack(expected))
 
 
 def test_a_prompt_that_was_computed_before_new_weights_is_computed_again_for_later_responses() -> None:
@@ -309,12 +338,12 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, object], messag
     assert refusal(ConfigError, lambda: TransformersEngine(tiny_model(), **{**good, **arguments})) == message
 
 
-def test_a_model_with_sliding_windows_is_refused() -> None:
-    sizes = {"vocab_size": 23, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    model = MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=8))
+def test_a_model_with_other_than_full_or_windowed_attention_is_refused() -> None:
+    model = tiny_model()
+    model.config.layer_types = ["linear_attention", *model.config.layer_types[1:]]
     assert refusal(ConfigError, lambda: tiny_engine(model)) == (
-        "transformers engine: every layer of the model must have full attention, got sliding_attention; "
-        "use the vLLM engine for this model"
+        "transformers engine: every layer of the model must have full or sliding-window attention, "
+        "got full_attention, linear_attention; use the vLLM engine for this model"
     )
 
 

@@ -12,17 +12,21 @@ import torch
 
 from actors.engines.transformers import TransformersEngine
 from deploy.check import PRODUCED
-from distrl.logps import pad_rollouts, response_logps, split_rows
-from distrl.manifest import unpack
-from distrl.messages import Chunk, Manifest, StepReport
+from distrl.logps import pad_rollouts, split_rows
+from distrl.manifest import cut, lay_out, unpack
+from distrl.messages import Manifest, StepReport
 from distrl.models import TinyArchitecture, load_model, load_tokenizer, make_tiny_model
 from distrl.objectives import build, recipe_names
+from distrl.policy_model import response_logps
 from distrl.sampling import Sample, SampleRequest, SamplingParams
 from distrl.schema import Stage, record_batch
 from distrl.tokenizer import character_tokenizer
 from learners.checkpoint import TrainState
-from learners.loop import LoopSettings, Stages, Trainer, World, train
+from learners.logp_check import LogpCheckSettings
+from learners.loop import train
 from learners.optimizer import OptimizerSettings
+from learners.trainer import LoopSettings, Stages, Trainer
+from learners.world import World
 from tests.builders import generation_columns, grading_columns
 
 STEPS = 20
@@ -93,8 +97,9 @@ class LocalLink:
     def restored(self, state: TrainState) -> int:
         raise AssertionError("nothing is restored here")
 
-    def publish(self, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-        self._weights = (manifest.version, unpack(manifest, list(chunks)))
+    def publish(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], *, again: bool = False) -> None:
+        layout = lay_out(manifest.tensors)
+        self._weights = (manifest.version, unpack(manifest, layout, list(cut(tensors, layout))))
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
         self.checkpoints.append(state.step)
@@ -116,6 +121,7 @@ def learn(model: Path, recipe: str, directory: Path) -> LocalLink:
         checkpoint_every_steps=15,
         checkpoints=directory,
         optimizer=OptimizerSettings(3e-2, 0, 0.0, (0.9, 0.95), 1.0),
+        logp_check=LogpCheckSettings(rollouts=2, bound=1e-3, max_staleness=0, update_mode="keep", temperature=1.0),
     )
     trainer = Trainer(load_model(model, torch.float32), load_tokenizer(model), build(recipe), settings)
     link = LocalLink(model)
@@ -132,6 +138,7 @@ def test_a_recipe_learns_to_begin_with_the_wanted_token(model: Path, tmp_path: P
     for report in link.reports:
         assert all(np.isfinite(value) for value in report.metrics.values()), report.metrics
         assert 0 <= report.metrics["entropy"] <= np.log(7)  # of seven tokens
+        assert report.metrics["logp_mismatch_max"] < 1e-4
         # Sampled from the weights that are trained: all ratios of policy to behavior are 1.
         assert report.metrics.get("ratio_mean", 1.0) == pytest.approx(1.0, abs=1e-3)
     assert np.mean(link.rewards[-3:]) > np.mean(link.rewards[:3]) + 0.3
@@ -141,9 +148,7 @@ def test_the_recipes_that_wait_for_columns_are_known() -> None:
     """A recipe that becomes trainable, or no longer is, is noticed."""
     assert set(recipe_names()) - set(READY) == {
         "a_star_po",
-        "decoupled_ppo",
         "nash_md",
         "nash_mp",
         "online_ipo",
-        "ppo",
     }

@@ -136,15 +136,13 @@ async def _ready_ticket(
     ends_s = clock.now
     version = max(0, step - 2)  # one step behind, but for the first step
     clock.now = ends_s - 6
-    ticket_id, prompt_id = ledger.issue(lambda i: f"prompt-{i}")
+    ticket_id, prompt_id, _ = ledger.issue(lambda i: f"prompt-{i}")
     rewards = tuple(float((ticket_id + g) % 2 or ticket_id % 3 == 0) for g in range(GROUP))
     tokens = tuple(2 + (ticket_id + g) % 3 for g in range(GROUP))
     drawn = Drawn(ticket_id, step, rewards, tokens, step - 1 - version, version)
     made.drawn.append(drawn)
     clock.now = ends_s - 4
-    ledger.mark_generated(
-        ticket_id, oldest_version=version, newest_version=version, rollouts=GROUP, response_tokens=sum(tokens)
-    )
+    ledger.mark_generated(ticket_id, versions=[version], rollouts=GROUP, response_tokens=sum(tokens))
     generation, grading, reference = _batches(drawn, prompt_id, ends_s, ATTACK if attack else None)
     receipt = await journal.append(generation, grading, reference)
     clock.now = ends_s - 2
@@ -158,6 +156,7 @@ def _batches(
 ) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch]:
     ids = [f"p{drawn.ticket_id}.0.{g}" for g in range(GROUP)]
     same: dict[str, Any] = {"role": "policy", "redraw": 0, "finish_reason": "stop", "temperature": 1.0, "top_p": 1.0}
+    same |= {"v_star": None}
     same |= {"top_k": 0, "max_new_tokens": 8, "engine": "generation-0", "prompt_id": prompt_id}
     same |= {"generation_started_s": ends_s - 5.5, "generation_finished_s": ends_s - 4, "ticket_id": drawn.ticket_id}
     generation = {name: [value] * GROUP for name, value in same.items()} | {
@@ -207,18 +206,19 @@ def _step(
     report = StepReport(step, 1.0 + step / 4, 5.0, 0.0 if step == 1 else 0.25, {**usual, **metrics})
     made.reports.append(report)
     drawn = [d for d in made.drawn if d.ticket_id in staleness]
-    ledger.mark_trained(step, staleness)
+    version = ledger.mark_trained(step, staleness, parent=step - 1)
     recorder.step(
         report,
         [sum(d.rewards) / GROUP for d in drawn],
         list(staleness.values()),
         sum(sum(d.tokens) for d in drawn),
     )
-    version = ledger.allocate_version(step - 1, step)
     clock.now += 0.25
     ledger.mark_published(version, f"sha-{version}")
     clock.now += 0.25
-    recorder.load("generation-0", LoadReceipt(version=version, fetch_s=0.125, pause_s=0.0625, sequences_in_flight=1))
+    recorder.load(
+        "generation-0", LoadReceipt(version=version, fetch_s=0.125, pause_s=0.0625, sequences_in_flight=1), "policy"
+    )
 
 
 def _evaluate(made: MadeRun, ledger: Ledger, recorder: Recorder, name: str, step: int) -> None:
@@ -238,7 +238,7 @@ def _drops(ledger: Ledger, detail: str) -> None:
         (DropReason.GRADING_FAILED, 14),
         (DropReason.GRADING_FAILED, 16),
     ):
-        ticket_id, _ = ledger.issue(lambda i: f"prompt-{i}")
+        ticket_id, _, _ = ledger.issue(lambda i: f"prompt-{i}")
         if tokens is not None:
-            ledger.mark_generated(ticket_id, oldest_version=0, newest_version=0, rollouts=GROUP, response_tokens=tokens)
+            ledger.mark_generated(ticket_id, versions=[0], rollouts=GROUP, response_tokens=tokens)
         ledger.drop(ticket_id, reason, detail)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from actors.calls import LocalCaller
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.engines.fake import FakeEngine
 from actors.generation import Generation
 from actors.grading import Grading
@@ -20,14 +20,19 @@ from actors.policy_store import PolicyStore
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.reference import Reference
+from actors.settings import CoordinatorSettings, Prompts
+from actors.updates import UpdateLimits
+from distrl.graders.limited import LimitedGrader
 from distrl.ledger import Ledger
-from distrl.manifest import pack
-from distrl.messages import BatchGrant, Chunk, Manifest, StepReport
+from distrl.manifest import cut, describe, lay_out
+from distrl.messages import BatchGrant, Content, Layout, Manifest, StepReport
 from distrl.rewards import Grade, Grader
 from distrl.sampling import SampleRequest, SamplingParams
+from distrl.schema import Role
 from distrl.staleness import Admission
 from distrl.tasks import Message, Problem
-from distrl.tickets import Ticket
+from distrl.tickets import Ticket, weights_of
+from tests.builders import threaded
 
 GROUP_SIZE = 2
 PARAMS = SamplingParams(max_new_tokens=4)
@@ -57,33 +62,52 @@ class InProcessRun:
     store: PolicyStore
     engines: list[FakeEngine]
     pipeline: Pipeline
+    before_fetch: Callable[[int], Awaitable[None]] | None = None
+    """Awaited with the version whenever a generation actor asks the store for one."""
 
     async def learn(self, step: int) -> BatchGrant:
         """One step of a learner that publishes the step's number as its only weight."""
         grant = await self.coordinator.next_batch(step)
-        assert grant is not None
+        assert isinstance(grant, BatchGrant)
         await self.finish_step(grant)
         return grant
 
     async def restore(self, step: int) -> None:
         """What a learner does that was restored to a checkpoint of `step`: publishes its weights again."""
         version = await self.coordinator.restored(step)
-        await self._publish(version, step)
+        await self.publish(version, step)
 
     async def finish_step(self, grant: BatchGrant) -> None:
+        await self.publish(await self.report(grant), grant.step)
+
+    async def report(self, grant: BatchGrant) -> int:
+        """The step is done; the version to publish."""
         report = StepReport(grant.step, 0.0, 0.0, 0.0, {"loss": 0.0})
-        version = await self.coordinator.trained(report, {t.ticket_id: t.staleness for t in grant.tickets})
-        await self._publish(version, grant.step)
+        return await self.coordinator.trained(report, {t.ticket_id: t.staleness for t in grant.tickets})
 
     async def checkpoint(self, step: int, version: int) -> None:
         await self.coordinator.commit_checkpoint(f"step-{step}", step, version, "0" * 64)
 
-    async def _publish(self, version: int, step: int) -> None:
-        manifest, chunks = pack({"weight": torch.tensor([float(step)])}, version=version, step=step)
-        for index, chunk in enumerate(chunks):
-            await self.store.add_chunk(version, index, chunk)
-        await self.store.publish(manifest)
-        await self.coordinator.published(version, step, manifest.sha256)
+    async def publish(self, version: int, step: int) -> None:
+        await self.publish_as("policy", version, step)
+
+    async def publish_as(self, weights: str, version: int, step: int) -> None:
+        tensors = {"weight": torch.tensor([float(step)])}
+        manifest = await send(self.store, tensors, version=version, step=step, weights=weights)
+        await self.coordinator.published(version, step, manifest.sha256, weights)
+
+
+async def send(
+    store: PolicyStore, tensors: Mapping[str, torch.Tensor], *, version: int, step: int, weights: str = "policy"
+) -> Manifest:
+    """Publishes in a store without Ray: what it lacks, in chunks of 16 bytes."""
+    manifest = describe(tensors, version=version, step=step, weights=weights)
+    wanted = await store.wanted(manifest)
+    layout = lay_out([entry for entry in manifest.tensors if entry.name in wanted], chunk_bytes=16)
+    for index, chunk in enumerate(cut(tensors, layout)):
+        await store.add_chunk(weights, version, index, chunk)
+    await store.publish(manifest, layout)
+    return manifest
 
 
 def ticket_of(request: SampleRequest) -> int:
@@ -106,29 +130,42 @@ def build(
     slots: int = 8,
     gate: Callable[[SampleRequest], Awaitable[None]] | None = None,
     fail: Callable[[SampleRequest], BaseException | None] | None = None,
-    grader: Grader = half_right,
+    grader: Grader | LimitedGrader = half_right,
     reference: bool = False,
     attempts: int = 2,
     drops_in_a_row: int = 8,
     grading_tickets_per_call: int = 1,
     evaluate_every_steps: int = 0,
     draw: Callable[[int], Problem] = _number,
+    publish_timeout_s: float = 10.0,
+    other_weights: Sequence[str] = (),
+    own_actors: Sequence[Role] = (),
+    turns: bool = False,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
-    async def fetch(version: int) -> tuple[Manifest, list[Chunk]]:
-        return await store.fetch(version)
+    async def fetch(weights: str, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Any]]:
+        if system.before_fetch is not None:
+            await system.before_fetch(version)
+        delivery = await store.fetch(version, have, weights)
+        return delivery.manifest, delivery.layout, delivery.chunks
 
     engines = [FakeEngine(vocabulary_size=11, gate=gate, fail=fail) for _ in range(generation_actors)]
+    others = {name: FakeEngine(vocabulary_size=11) for name in other_weights}
     generation, grading, scoring = Pool("generation"), Pool("grading"), Pool("reference")
     for i, engine in enumerate(engines):
-        worker = Generation(f"generation-{i}", engine, Digits(), PARAMS, fetch)
+        worker = Generation(f"generation-{i}", {"policy": engine, **others}, Digits(), PARAMS, fetch)
         generation.add(LocalCaller(f"generation-{i}", worker), slots)
-    grading.add(LocalCaller("grading-0", Grading("test", grader, concurrency=8)), 8)
+    own_pools = {role: Pool(role) for role in own_actors}
+    for role, pool in own_pools.items():
+        engines.append(FakeEngine(vocabulary_size=11, gate=gate, fail=fail))
+        worker = Generation(f"{role}-0", {weights_of(role): engines[-1]}, Digits(), PARAMS, fetch)
+        pool.add(LocalCaller(f"{role}-0", worker), slots)
+    grading.add(LocalCaller("grading-0", Grading("test", _limited(grader), concurrency=8)), 8)
     scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
-    limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, grading_tickets_per_call, 2)
+    limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, 10, grading_tickets_per_call, 2)
     journal = LocalCaller("journal", Journal(directory / "journal"))
-    pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock())
+    pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock(), own_pools)
     ledger = Ledger(directory / "ledger.sqlite")
     settings = CoordinatorSettings(
         seed=0,
@@ -136,17 +173,23 @@ def build(
         group_size=GROUP_SIZE,
         admission=Admission(max_staleness, tickets_per_step),
         on_stale=on_stale,
-        call_attempts=2,
-        sync_timeout_s=10,
+        updates=UpdateLimits(attempts=2, retry_delay_s=0.0, sync_timeout_s=10, publish_timeout_s=publish_timeout_s),
         ready_bytes=1 << 30,
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=evaluate_every_steps,
         keep_checkpoints=2,
+        turns=turns,
+        opponents="opponent" in other_weights or Role.OPPONENT in own_actors,
     )
     heldout = [draw(9)]
     prompts = Prompts(draw, heldout, heldout)
     coordinator = Coordinator(settings, ledger, prompts, pipeline, Recorder(None, _clock()), _clock())
-    return InProcessRun(coordinator, ledger, store, engines, pipeline)
+    system = InProcessRun(coordinator, ledger, store, engines, pipeline)
+    return system
+
+
+def _limited(grader: Grader | LimitedGrader) -> LimitedGrader:
+    return grader if isinstance(grader, LimitedGrader) else threaded("test", grader)
 
 
 def _zero_logps(batch: pa.RecordBatch) -> list[Any]:
@@ -175,4 +218,4 @@ def states(run: InProcessRun) -> Mapping[str, int]:
     return {state: n for state, n in run.ledger.counts().items() if n}
 
 
-__all__ = ["GROUP_SIZE", "InProcessRun", "Ticket", "build", "half_right", "states", "ticket_of", "until"]
+__all__ = ["GROUP_SIZE", "InProcessRun", "Ticket", "build", "half_right", "send", "states", "ticket_of", "until"]

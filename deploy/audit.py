@@ -1,0 +1,47 @@
+"""Audits a run by its directory: config, ledger, journal and checkpoints. Needs no Ray, and writes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.run_dir import RunDir, find_run
+from deploy.run_state import RunState, read_state
+from distrl.audit import Audit, Contract, audit
+from distrl.errors import RefusedError, RunError
+from learners.checkpoint import checkpoint_sha256
+
+
+def audit_run(path: Path) -> Audit:
+    """Audits a run, which may go on meanwhile.
+
+    Raises:
+        RefusedError: there is no such run, or it has no ledger yet. LedgerError, RunError: it cannot be read.
+    """
+    run_dir = find_run(path)
+    if not run_dir.ledger.is_file():
+        raise RefusedError(f"{path}: the run must have a ledger to be audited; it ended before it had begun")
+    return audit(
+        run_dir.ledger,
+        _contract(run_dir),
+        lambda name: _moved(name, run_dir.journal),
+        lambda name: checkpoint_sha256(_moved(name, run_dir.checkpoints)),
+    )
+
+
+def _contract(run_dir: RunDir) -> Contract:
+    # Not load_config: a config with masked secrets cannot be run again, but its run can be audited.
+    try:
+        train: dict[str, Any] = yaml.safe_load(run_dir.config.read_text())["train"]
+        return Contract(
+            tickets_per_step=train["tickets_per_step"],
+            max_staleness=None if train["on_stale"] == "keep" else train["max_staleness"],
+            finished=read_state(run_dir) == RunState.FINISHED,
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise RunError(f"{run_dir.config}: must be readable, with a section train ({error!r}); restore it") from error
+
+
+def _moved(name: str, folder: Path) -> Path:
+    """Where a file lies that the ledger names: there, or in the run's folder if the run was moved."""
+    return Path(name) if Path(name).exists() else folder / Path(name).name
