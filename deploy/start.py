@@ -77,7 +77,7 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
     handles.stages["reference"] = (
         create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
     )
-    handles.stages["journal"] = create(JournalActor, 1, run_dir)
+    handles.stages["journal"] = create(JournalActor, 1, run_dir, config.limits.journal_bytes)
     (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out, plan.samples)
     return handles
 
