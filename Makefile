@@ -64,11 +64,16 @@ simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, mi
 
 bench: $(READY) ## Benchmarks; JSON lines
 	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
+	@$(BIN)/python -m benchmarks.generation
+	@$(BIN)/python -m benchmarks.weight_sync
 
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study
 
-.PHONY: help setup setup-vllm quickstart test test-system test-vllm check fix sigkill simulate bench study lock
+study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
+	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
+
+.PHONY: help setup study-off-policy setup-vllm quickstart test test-system test-vllm check fix sigkill simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

@@ -13,7 +13,8 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_and_optimizer_of
 ) -> None:
     found = compare(tmp_path, kills=1, seed=1)
     alone, killed = found.files
-    assert {"model.safetensors", "optimizer.pt"} <= set(alone)
+    assert "model.safetensors" in alone
+    assert any(name.startswith("training/") for name in alone)  # the optimizer's state
     assert alone == killed
     assert found.violations == ()
     assert len(found.killed_after) == 1
