@@ -43,6 +43,8 @@ class DropReason(StrEnum):
     GRADING_FAILED = "grading_failed"
     REFERENCE_FAILED = "reference_failed"
     JOURNAL_FAILED = "journal_failed"
+    POISON = "poison"
+    """Worker after worker died that had it."""
     RUN_ENDED = "run_ended"
 
 
@@ -70,6 +72,8 @@ class ReturnCause(StrEnum):
     """Its step was not part of a checkpoint when the learner ended."""
     TOO_STALE = "too_stale"
     """It could not be trained within `train.max_staleness` any more."""
+    DATA_LOST = "data_lost"
+    """Its rollouts were lost with a node before they were in the journal."""
 
 
 def check_transition(ticket_id: int, old: TicketState, new: TicketState) -> None:
