@@ -20,6 +20,7 @@ from deploy.commands.audit import audit
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
+from deploy.commands.k8s import k8s
 from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
@@ -140,6 +141,7 @@ app.command()(schema)
 app.command()(recipes)
 app.command()(ui)
 app.command()(rollouts)
+app.add_typer(k8s, name="k8s")
 
 
 def main() -> None:
