@@ -17,12 +17,14 @@ from deploy.commands.arguments import (
     with_sandbox,
 )
 from deploy.commands.audit import audit
+from deploy.commands.doctor import doctor
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
 from deploy.commands.k8s import k8s
 from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
+from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -142,6 +144,8 @@ app.command()(recipes)
 app.command()(ui)
 app.command()(rollouts)
 app.add_typer(k8s, name="k8s")
+app.command()(doctor)
+app.command()(vstar)
 
 
 def main() -> None:

@@ -129,7 +129,9 @@ def _processors(config: Config) -> Finding:
     wanted = _processes(config) * config.run.threads_per_process
     text = f"{wanted} busy threads on {cores} cores"
     if wanted > 2 * cores:
-        remedy = "lower run.threads_per_process or the numbers of actors: threads that share a core slow each other down"
+        remedy = (
+            "lower run.threads_per_process or the numbers of actors: threads that share a core slow each other down"
+        )
         return Finding("processors", "warning", f"{text}; {remedy}")
     return Finding("processors", "ok", text)
 
@@ -181,7 +183,9 @@ def _memory(config: Config, *, scores_reference: bool) -> Finding:
         return Finding("memory", "ok", f"{text}; compare it with your GPUs")
     if wanted > there:
         text += f"; together {wanted / GIB:.2f} GiB of {there / GIB:.2f} that are free: {(wanted - there) / GIB:.2f} too few"
-        return Finding("memory", "bad", text + "; lower the numbers of actors or limits.ready_bytes, or take more machines")
+        return Finding(
+            "memory", "bad", text + "; lower the numbers of actors or limits.ready_bytes, or take more machines"
+        )
     return Finding("memory", "ok", f"{text}; {there / GIB:.2f} GiB are free")
 
 
@@ -207,7 +211,9 @@ def _disk(config: Config) -> Finding:
     # One more than are kept: the new one is complete before an old one goes.
     wanted = (config.train.keep_checkpoints + 2) * parameters(config.model.path) * CHECKPOINT_BYTES
     text = f"checkpoints need {wanted / GIB:.2f} GiB, {free / GIB:.2f} are free in {place}; the journal grows besides"
-    return Finding("disk", "bad" if wanted > free else "ok", text + ("; make room, or set run.dir" if wanted > free else ""))
+    return Finding(
+        "disk", "bad" if wanted > free else "ok", text + ("; make room, or set run.dir" if wanted > free else "")
+    )
 
 
 def _port(config: Config) -> Finding:
@@ -231,5 +237,7 @@ def _grader(config: Config) -> Finding:
         grades = asyncio.run(grader.grade([problem, problem], [Response(answer), Response("")]))
     finally:
         grader.close()
-    told = f"{describe(graders)} on held-out prompt {problem.prompt_id}: reward {grades[0].reward:g} for its own answer, "
+    told = (
+        f"{describe(graders)} on held-out prompt {problem.prompt_id}: reward {grades[0].reward:g} for its own answer, "
+    )
     return Finding("grader", "ok", told + f"{grades[1].reward:g} for nothing")

@@ -56,7 +56,9 @@ def diagnose(run_dir: RunDir, now_s: float | None = None) -> Diagnosis:
         return Diagnosis(state, "nobody: the run is not running", None, (), "distrl status says how it ended")
     if live is None:
         waits = "the driver: Ray, the actors or the learner are starting"
-        return Diagnosis(state, waits, None, (), "limits.start_timeout_s bounds the start; then the run says who is late")
+        return Diagnosis(
+            state, waits, None, (), "limits.start_timeout_s bounds the start; then the run says who is late"
+        )
     silent = now_s - live["time_s"]
     if silent > STALE_S:
         stage, waits = "coordinator", f"the driver has waited for the coordinator for {silent:.0f} s"

@@ -76,5 +76,7 @@ def stack(pid: int, timeout_s: float = 20.0) -> str:
         return f"py-spy did not answer within {timeout_s:g} s"
     if ended.returncode:
         why = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return f"py-spy could not read process {pid}: {why}; call doctor as the run's user with CAP_SYS_PTRACE, or as root"
+        return (
+            f"py-spy could not read process {pid}: {why}; call doctor as the run's user with CAP_SYS_PTRACE, or as root"
+        )
     return ended.stdout

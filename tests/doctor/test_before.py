@@ -67,7 +67,9 @@ def test_gpus_that_are_not_there_are_named_with_the_shortfall(
     )
 
 
-def test_memory_that_is_not_there_is_named_by_role(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_named_by_role(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(before, "parameters", lambda path: 1 << 30)
     monkeypatch.setattr(before, "_memory_here", lambda: 10 << 30)
     one = found(config(model, tmp_path, objective={"options": {"kl_coefficient": 0.1}}), "memory")
@@ -91,11 +93,15 @@ def test_the_command_fails_where_something_is_bad(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(f"run: {{dir: {tmp_path}}}\nmodel: {{path: {model}}}\ndata: {{source: sort_digits, heldout_size: 8}}\n")
+    file.write_text(
+        f"run: {{dir: {tmp_path}}}\nmodel: {{path: {model}}}\ndata: {{source: sort_digits, heldout_size: 8}}\n"
+    )
     assert call(monkeypatch, "doctor", str(file), "evaluation.problems=8") == 0
     assert "ok       grader" in capsys.readouterr().out
     assert call(monkeypatch, "doctor", str(file), "evaluation.problems=9") == 2
-    assert "bad      config     evaluation.problems must be <= the held-out problems (8), got 9" in capsys.readouterr().out
+    assert (
+        "bad      config     evaluation.problems must be <= the held-out problems (8), got 9" in capsys.readouterr().out
+    )
     assert call(monkeypatch, "doctor") == 2
     assert capsys.readouterr().err == (
         "RefusedError: distrl doctor takes either CONFIG or --run RUN; name one of them\n"
