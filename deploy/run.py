@@ -13,6 +13,7 @@ from deploy.learner import RayTrainGroup
 from deploy.metrics.boards import check_wandb
 from deploy.metrics.endpoint import check_port
 from deploy.metrics.run import RunMetrics
+from deploy.placement import reserve
 from deploy.progress import Progress, Silent
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
 from deploy.run_state import RunState, claim, read_state, release
@@ -108,7 +109,8 @@ def _run_actors(
 ) -> dict[str, Any]:
     """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
-    handles = start_actors(config, run_dir, plan)
+    reservation = reserve(config, plan)
+    handles = start_actors(config, run_dir, plan, reservation)
     group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store, checkpoint)
     group.start()
     try:
@@ -122,6 +124,7 @@ def _run_actors(
         group.stop(timeout_s=STOP_S)
         for handle in handles.all():
             ray.kill(handle)
+        reservation.release()
 
 
 def _watch(

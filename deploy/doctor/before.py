@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import struct
@@ -47,7 +48,7 @@ def examine(config: Config) -> list[Finding]:
         ("tokenizer", lambda: _tokenizer(config)),
         ("versions", lambda: _versions(config)),
         ("processors", lambda: _processors(config)),
-        ("gpus", lambda: _gpus(config)),
+        ("gpus", lambda: _gpus(config, plan[0] if plan else None)),
         ("memory", lambda: _memory(config, scores_reference=not plan or plan[0].scores_reference)),
         ("disk", lambda: _disk(config)),
         ("port", lambda: _port(config)),
@@ -121,7 +122,7 @@ def _versions(config: Config) -> Finding:
 
 def _processes(config: Config) -> int:
     """Processes that compute at the same time, if all are busy."""
-    return int(getattr(config.train, "workers", 1)) + config.generation.actors + config.reference.actors
+    return config.train.workers + config.generation.actors + config.reference.actors
 
 
 def _processors(config: Config) -> Finding:
@@ -136,21 +137,20 @@ def _processors(config: Config) -> Finding:
     return Finding("processors", "ok", text)
 
 
-def gpus_wanted(config: Config) -> int:
-    """GPUs that a run needs to be scheduled at all; 0 where it computes on CPUs."""
-    placement = getattr(config, "placement", None)
-    mode = "cpu" if placement is None else placement.mode
-    learners = int(getattr(config.train, "workers", 1))
-    if mode in ("shared", "turns"):
-        return learners
-    on_gpu = mode == "separate" or getattr(config.train, "device", "cpu") == "cuda"
-    if not on_gpu:
-        return 0
-    return learners + config.generation.actors * int(getattr(config.generation, "tensor_parallel_size", 1))
+def gpus_wanted(config: Config, plan: RunPlan | None) -> int:
+    """GPUs that a run needs to be scheduled at all; 0 where it computes on CPUs.
+
+    Args:
+        plan: None where the config is bad; then only the learner's are known.
+    """
+    from deploy.placement import claims, learner_claims
+
+    wanted = [*learner_claims(config), *(() if plan is None else claims(config, plan))]
+    return math.ceil(sum(claim.gpus for claim in wanted) - 1e-6)
 
 
-def _gpus(config: Config) -> Finding:
-    wanted, there = gpus_wanted(config), _gpus_here()
+def _gpus(config: Config, plan: RunPlan | None) -> Finding:
+    wanted, there = gpus_wanted(config, plan), _gpus_here()
     if wanted > there:
         return Finding(
             "gpus",
@@ -164,12 +164,12 @@ def _gpus(config: Config) -> Finding:
 def _gpus_here() -> int:
     import torch
 
-    return torch.cuda.device_count()
+    return int(torch.cuda.device_count())
 
 
 def _memory(config: Config, *, scores_reference: bool) -> Finding:
     size = parameters(config.model.path)
-    learners = int(getattr(config.train, "workers", 1))
+    learners = config.train.workers
     roles = {
         "learners": learners * size * TRAINED_BYTES,
         "generation": config.generation.actors * size * SERVED_BYTES,
@@ -179,10 +179,11 @@ def _memory(config: Config, *, scores_reference: bool) -> Finding:
     told = ", ".join(f"{name} {amount / GIB:.2f}" for name, amount in roles.items() if amount)
     wanted, there = sum(roles.values()), _memory_here()
     text = f"{size / 1e6:.2f} million parameters in float32: {told} GiB, without activations and caches"
-    if gpus_wanted(config):
+    if config.placement.mode != "cpu":
         return Finding("memory", "ok", f"{text}; compare it with your GPUs")
     if wanted > there:
-        text += f"; together {wanted / GIB:.2f} GiB of {there / GIB:.2f} that are free: {(wanted - there) / GIB:.2f} too few"
+        short = f"{(wanted - there) / GIB:.2f} too few"
+        text += f"; together {wanted / GIB:.2f} GiB of {there / GIB:.2f} that are free: {short}"
         return Finding(
             "memory", "bad", text + "; lower the numbers of actors or limits.ready_bytes, or take more machines"
         )

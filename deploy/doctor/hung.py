@@ -11,14 +11,14 @@ from deploy.run_state import RunState, driver_pid, read_state
 from deploy.stall import where
 
 REMEDIES = {
-    "generation": "if its stack is inside the engine, it samples: raise generation.timeout_s or lower "
-    "rollout.max_new_tokens; else end the process, its tickets are sampled elsewhere or dropped with their reason",
-    "grading": "the stack shows the grader's own code: give it a timeout, or lower grading.timeout_s; end the process to "
-    "have its tickets graded again",
+    "generation": "if its stack is inside the engine, it samples: raise generation.timeout_s or "
+    "lower rollout.max_new_tokens; else end the process, its tickets are sampled again or dropped with their reason",
+    "grading": "the stack shows the grader's own code: give it a timeout, or lower grading.timeout_s; end the process "
+    "to have its tickets graded again",
     "reference": "lower reference.tickets_per_call, or add reference.actors",
     "journal": "look at the disk of the run: full, read-only, or a network file system that does not answer",
-    "learner": "if its stack is in backward or step, it trains: lower train.micro_batch_tokens if it swaps; if it waits in "
-    "a collective, another worker is gone",
+    "learner": "if its stack is in backward or step, it trains: lower train.micro_batch_tokens if it swaps; if it waits "
+    "in a collective, another worker is gone",
     "coordinator": "distrl stop, then distrl resume; please report the stack",
 }
 
@@ -69,7 +69,7 @@ def diagnose(run_dir: RunDir, now_s: float | None = None) -> Diagnosis:
 
 
 def guilty(live: dict[str, Any]) -> str:
-    """The stage that everybody waits for: that of the ticket that has been where it is for longest, else the learner."""
+    """The stage that everybody waits for: that of the ticket that waits longest, else the learner."""
     oldest = live["oldest"]
     if oldest is None or oldest["stage"] not in REMEDIES:
         return "learner"

@@ -14,10 +14,14 @@ ENTRYPOINT = 'distrl train "$DISTRL_CONFIG" --resume-or-start'
 """What the driver runs, at the first attempt and at every later one."""
 
 
-def groups_of(values: KubernetesValues, *, reference: bool) -> dict[str, GroupValues]:
+def groups_of(values: KubernetesValues) -> dict[str, GroupValues]:
     """The worker groups by name."""
-    found = {"learner": values.learners, "generation": values.generation, "grading": values.grading}
-    return {**found, "reference": values.reference} if reference else found
+    return {
+        "learner": values.learners,
+        "generation": values.generation,
+        "grading": values.grading,
+        "reference": values.reference,
+    }
 
 
 def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
@@ -26,8 +30,8 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
     The run's directory is put on the block volume, and its metrics are served to the cluster's Prometheus.
     """
     run = run_name(config)
-    # A run without reference scoring leaves that group idle at no worker of its own kind: it is kept, the config decides.
-    groups = groups_of(values, reference=True)
+    # Whether the objective needs reference scoring is known only where the model is: the group is always there.
+    groups = groups_of(values)
     autoscaled = any(group.most > group.replicas for group in groups.values())
     place = {"namespace": values.namespace}
     placed = make_config(

@@ -143,8 +143,8 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
     Raises:
         ConfigError: the GPUs of a pod do not divide into what the config wants to put there.
     """
-    workers = int(getattr(config.train, "workers", 1))
-    per_actor = int(getattr(config.generation, "tensor_parallel_size", 1))
+    workers = config.train.workers
+    per_actor = config.generation.tensor_parallel_size
     learners, generation = values.learners, values.generation
     if learners.gpus and "learners.replicas" not in asked:
         pods, rest = divmod(workers, min(learners.gpus, workers))

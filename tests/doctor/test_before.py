@@ -57,7 +57,7 @@ def test_parameters_are_counted_from_the_headers(model: Path) -> None:
 def test_gpus_that_are_not_there_are_named_with_the_shortfall(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(before, "gpus_wanted", lambda config: 5)
+    monkeypatch.setattr(before, "gpus_wanted", lambda config, plan: 5)
     monkeypatch.setattr(before, "_gpus_here", lambda: 2)
     assert found(config(model, tmp_path), "gpus") == Finding(
         "gpus",

@@ -69,7 +69,8 @@ def test_the_stack_of_a_process_names_the_function_that_it_is_in() -> None:
         a_grader_that_never_answers()
         """
     )
-    driver = f"import subprocess, sys; subprocess.run(['ray::GradingActor.grade', '-c', {child!r}], executable=sys.executable)"
+    named = ["ray::GradingActor.grade", "-c", child]
+    driver = f"import subprocess, sys; subprocess.run({named!r}, executable=sys.executable)"
     process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

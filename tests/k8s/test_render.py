@@ -130,7 +130,7 @@ def test_kubectl_builds_an_overlay_to_what_is_rendered(overlay: str) -> None:
 
 
 def test_the_folder_is_what_the_code_writes() -> None:
-    written = {path: text for path, text in folder.files().items()}
+    written = folder.files()
     there = {
         p.relative_to(folder.FOLDER): p.read_text() for p in folder.FOLDER.rglob("*.yaml") if p.name != "config.yaml"
     }
