@@ -146,7 +146,8 @@ def gpus_wanted(config: Config, plan: RunPlan | None) -> int:
     from deploy.placement import claims, learner_claims
 
     wanted = [*learner_claims(config), *(() if plan is None else claims(config, plan))]
-    return math.ceil(sum(claim.gpus for claim in wanted) - 1e-6)
+    total: float = sum(claim.gpus for claim in wanted)
+    return math.ceil(total - 1e-6)
 
 
 def _gpus(config: Config, plan: RunPlan | None) -> Finding:
@@ -155,8 +156,8 @@ def _gpus(config: Config, plan: RunPlan | None) -> Finding:
         return Finding(
             "gpus",
             "bad",
-            f"the run needs {wanted} GPUs at once, this machine has {there}: {wanted - there} too few, and it would wait "
-            "for them for ever; lower train.workers or generation.actors, or run it on a cluster",
+            f"the run needs {wanted} GPUs at once, this machine has {there}: {wanted - there} too few, and it would "
+            "wait for them for ever; lower train.workers or generation.actors, or run it on a cluster",
         )
     return Finding("gpus", "ok", f"{wanted} needed, {there} here")
 

@@ -17,8 +17,8 @@ REMEDIES = {
     "to have its tickets graded again",
     "reference": "lower reference.tickets_per_call, or add reference.actors",
     "journal": "look at the disk of the run: full, read-only, or a network file system that does not answer",
-    "learner": "if its stack is in backward or step, it trains: lower train.micro_batch_tokens if it swaps; if it waits "
-    "in a collective, another worker is gone",
+    "learner": "if its stack is in backward or step, it trains: lower train.micro_batch_tokens if it swaps; if it "
+    "waits in a collective, another worker is gone",
     "coordinator": "distrl stop, then distrl resume; please report the stack",
 }
 

@@ -42,7 +42,11 @@ def of_stage(stage: str, driver: int) -> list[Process]:
     """The processes of a stage that descend from a driver: those of its own Ray."""
     everybody = {p.pid: p for p in processes()}
     wanted = CLASSES.get(stage)
-    return [p for p in everybody.values() if wanted and f"ray::{wanted}" in p.title and _descends(p, driver, everybody)]
+    return [
+        p
+        for p in everybody.values()
+        if wanted and p.title.startswith(f"ray::{wanted}") and _descends(p, driver, everybody)
+    ]
 
 
 def _descends(process: Process, ancestor: int, everybody: dict[int, Process]) -> bool:
