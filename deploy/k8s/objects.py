@@ -7,7 +7,8 @@ import yaml
 from deploy.k8s.network import network_policies
 from deploy.k8s.pods import COMPONENT, CONTAINER_SECURITY, INSTANCE, NAME, RUN_FOLDER, labels, ray_pod, submitter_pod
 from deploy.k8s.values import RAY_VERSION, GroupValues, KubernetesValues, run_name
-from distrl.config import Config, dump_config, make_config
+from distrl.config import Config, make_config
+from distrl.masking import mask
 
 Json = dict[str, Any]
 ENTRYPOINT = 'distrl train "$DISTRL_CONFIG" --resume-or-start'
@@ -59,7 +60,8 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": f"{run}-config", **place},
-            "data": {"config.yaml": dump_config(placed)},
+            # What has its default is left out: a new key would change every manifest.
+            "data": {"config.yaml": yaml.safe_dump(mask(_chosen(placed)), sort_keys=False)},
         },
         _claim(f"{run}-run", "ReadWriteOncePod", values.run_gib, values.run_storage_class, values),
         _claim(f"{run}-shared", "ReadWriteMany", values.shared_gib, values.shared_storage_class, values),
@@ -71,6 +73,11 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
     objects.append(_pod_monitor(run, values))
     objects.append(_ray_job(run, groups, values, autoscaled=autoscaled))
     return objects
+
+
+def _chosen(config: Config) -> Json:
+    """The keys that differ from their defaults."""
+    return config.model_dump(mode="json", exclude_defaults=True)
 
 
 def _claim(name: str, mode: str, gib: int, storage_class: str, values: KubernetesValues) -> Json:
