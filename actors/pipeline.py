@@ -268,7 +268,11 @@ class Pipeline:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
         async with self._judge(self.grading, member, jobs):
             receipt, batch = await member.caller.batch(
-                "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
+                "grade",
+                problems,
+                *[f.generation for f in jobs],
+                *[f.opponents for f in jobs if f.opponents is not None],
+                timeout_s=self._limits.grading_timeout_s,
             )
         rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
         return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
