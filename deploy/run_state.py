@@ -82,6 +82,11 @@ def read_state(run_dir: RunDir) -> RunState:
     return state
 
 
+def driver_pid(run_dir: RunDir) -> int:
+    """The process that runs a run, or ran it last."""
+    return int(_read(run_dir)["pid"])
+
+
 def _read(run_dir: RunDir) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(run_dir.run_json.read_text())
