@@ -17,6 +17,7 @@ from deploy.commands.arguments import (
     with_sandbox,
 )
 from deploy.commands.audit import audit
+from deploy.commands.compact import compact
 from deploy.commands.doctor import doctor
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
@@ -152,6 +153,7 @@ def report(run: RunPath, as_json: Json = False) -> None:
 
 
 app.command()(audit)
+app.command()(compact)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(init)
