@@ -71,7 +71,7 @@ class RayProcesses:
         self._run_dir = run_dir
         self._plan = plan
         self.store = self._make(PolicyStoreActor, {"max_restarts": -1})
-        self.journal = self._make(JournalActor, self._here(), run_dir)
+        self.journal = self._make(JournalActor, self._here(), run_dir, config.limits.journal_bytes)
         self.coordinator = self._make(
             CoordinatorActor,
             self._here(),
