@@ -29,6 +29,7 @@ SETTLE_S = 3.0
 LONGEST_PAUSE_S = 6.0
 WAIT_S = 300.0
 TICKETS_PER_STEP = 6
+_SAMPLED = "SELECT generated_s FROM tickets WHERE generated_s IS NOT NULL ORDER BY generated_s DESC LIMIT 100"
 
 
 class Run:
@@ -63,9 +64,9 @@ class Run:
         call = "import sys; from deploy.cli import main; sys.argv[0] = 'distrl'; main()"
         return subprocess.Popen([sys.executable, "-c", call, *arguments])
 
-    def resume(self) -> None:
+    def resume(self, settle_s: float = SETTLE_S) -> None:
         self.process.wait()
-        time.sleep(SETTLE_S)
+        time.sleep(settle_s)
         self.process = self._start("resume", str(self.path))
 
     def under_way(self) -> int:
@@ -76,10 +77,43 @@ class Run:
             counts = ledger.counts()
         return sum(counts[state] for state in ("issued", "generated", "ready", "trained"))
 
+    def sampled(self) -> list[float]:
+        """When tickets were sampled, in seconds since the epoch."""
+        if not (self.path / "ledger.sqlite").exists():
+            return []
+        with LedgerReader(self.path / "ledger.sqlite") as ledger:
+            return [row["generated_s"] for row in ledger.rows(_SAMPLED)]
+
+    def stepped(self) -> list[float]:
+        """When optimizer steps ended, in seconds since the epoch."""
+        metrics = self.path / "metrics.jsonl"
+        text = metrics.read_text() if metrics.exists() else ""
+        # The last line may be half written.
+        return [json.loads(line)["time_s"] for line in text.split("\n")[:-1] if '"kind": "step"' in line]
+
     def rows(self) -> list[dict[str, Any]]:
         table = self.path / "processes.json"
         found: list[dict[str, Any]] = json.loads(table.read_text())["processes"] if table.exists() else []
         return found
+
+    def wait_for(self, role: str) -> dict[str, Any]:
+        """The row of a process of this role, as soon as one is up in the driver that runs now."""
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the run ended with status {self.process.returncode} before {role} was up")
+            rows = self.rows()
+            own = any(r["name"] == "driver" and r["pid"] == self.process.pid for r in rows)
+            for row in rows:
+                if own and row["stage"] == role and row["state"] == "up" and "pid" in row:
+                    return row
+            time.sleep(0.1)
+        raise AssertionError(f"no {role} was up within {WAIT_S:g} s")
+
+    def end(self) -> None:
+        """Ends the driver, and with it everything that it started."""
+        self.process.kill()
+        self.process.wait()
 
     def kill(self, role: str, rng: random.Random) -> dict[str, Any]:
         """Kills a process of this role while tickets are under way; what was killed, when, and how many these were."""
@@ -119,8 +153,7 @@ def play(order: Sequence[str], rng: random.Random, folder: Path, steps: int) -> 
         status = run.process.wait(timeout=900)
         assert status == 0, f"the run ended with status {status}"
     finally:
-        run.process.kill()
-        run.process.wait()
+        run.end()
     found = audit_run(run.path)
     assert found.violations == (), found.violations
     assert found.committed_steps == run.steps
