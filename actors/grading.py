@@ -107,10 +107,17 @@ class Grading:
 
 
 def _responses(batch: pa.RecordBatch) -> list[Response]:
-    columns = ("text", "rollout_id", "max_new_tokens", "finish_reason")
+    columns = ("text", "rollout_id", "max_new_tokens", "finish_reason", "turn_rewards")
     rows = batch.select(columns).to_pylist()
     tokens = pc.list_value_length(batch.column("response_token_ids")).to_pylist()
     return [
-        Response(row["text"], row["rollout_id"], length, row["max_new_tokens"], row["finish_reason"])
+        Response(
+            row["text"],
+            row["rollout_id"],
+            length,
+            row["max_new_tokens"],
+            row["finish_reason"],
+            tuple(row["turn_rewards"]),
+        )
         for row, length in zip(rows, tokens, strict=True)
     ]

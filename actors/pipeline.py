@@ -66,8 +66,10 @@ class Pipeline:
         limits: PipelineLimits,
         clock: Callable[[], float],
         own_pools: Mapping[Role, Pool] | None = None,
+        episodes: bool = False,
     ) -> None:
         self.generation = generation
+        self._episodes = episodes
         self.own_pools = own_pools or {}
         self.grading = grading
         self.reference = reference
@@ -106,8 +108,10 @@ class Pipeline:
             flight.enter("generation", self._clock())
             try:
                 answer: GenerationReceipt
+                # Graders get the problem; generation needs it only to play an episode.
+                given = (flight.ticket, flight.problem) if self._episodes else (flight.ticket,)
                 answer, flight.generation = await here.caller.batch(
-                    "generate", flight.ticket, timeout_s=self._limits.generation_timeout_s
+                    "generate", *given, timeout_s=self._limits.generation_timeout_s
                 )
             finally:
                 await pool.give_back(here, places)

@@ -11,6 +11,7 @@ import ray
 from deploy.check import RunPlan, own_actors, weights_by_role
 from deploy.learner import RESOURCE, train_environment
 from deploy.remote.coordinator import GENERATION_STAGES, CoordinatorActor
+from deploy.remote.environment import EnvironmentActor
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
 from deploy.remote.journal import JournalActor
@@ -67,11 +68,18 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
     handles = Handles()
     # A restarted store is empty, and filled again by the learner: see actors.updates.
     (handles.store,) = create(PolicyStoreActor, 1, max_restarts=-1)
+    # A restarted environment actor has no episodes; those that it had are sampled again.
+    environments = []
+    if config.environment.name is not None:
+        actors = config.environment.actors
+        environments = create(EnvironmentActor, actors, config, os.getcwd(), max_restarts=-1)
+        handles.stages["environment"] = environments
     counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
     for role, weights in weights_by_role(config, plan.samples).items():
         stage = GENERATION_STAGES[role]
         handles.stages[stage] = [
-            create(GenerationActor, 1, config, f"{stage}-{i}", handles.store, weights)[0] for i in range(counts[role])
+            create(GenerationActor, 1, config, f"{stage}-{i}", handles.store, weights, environments)[0]
+            for i in range(counts[role])
         ]
     handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.graders, os.getcwd())
     handles.stages["reference"] = (

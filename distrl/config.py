@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distrl.environments.config import EnvironmentConfig
 from distrl.errors import ConfigError
 from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
@@ -208,6 +209,7 @@ class Config(_Section):
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
     grading: GradingConfig = GradingConfig()

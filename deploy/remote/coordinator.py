@@ -51,6 +51,7 @@ class CoordinatorActor(Coordinator):
             RayCaller("journal", handles["journal"][0]),
             pipeline_limits(config),
             time.time,
+            episodes=config.environment.name is not None,
             own_pools={
                 role: pools[stage]
                 for role, stage in GENERATION_STAGES.items()

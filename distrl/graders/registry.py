@@ -52,6 +52,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "json_schema": BuiltIn("distrl.graders.text:JsonSchema", needs_answer=False),
     "format": BuiltIn("distrl.graders.text:Format", needs_answer=False),
     "unit_tests": BuiltIn("distrl.graders.code:UnitTests", timeout_s=100.0, needs_answer=False, sandboxed=True),
+    "episode": BuiltIn("distrl.graders.episode:Episode", range=None, cached=False, needs_answer=False),
     "length": BuiltIn("distrl.graders.length:Length", range=None, cached=False, needs_answer=False),
     "overlong": BuiltIn("distrl.graders.length:Overlong", range=(-1.0, 0.0), cached=False, needs_answer=False),
 }

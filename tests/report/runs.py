@@ -166,6 +166,8 @@ def _batches(
         "behavior_logps": [[-0.5] * n for n in drawn.tokens],
         "policy_versions": [[drawn.version] * n for n in drawn.tokens],
         "loss_mask": [[True] * n for n in drawn.tokens],
+        "turn_rewards": [[]] * GROUP,
+        "turn_ends": [[]] * GROUP,
         "text": [attack or f"answer {i}" for i in ids],
     }
     grading = {
