@@ -35,13 +35,17 @@ fix: $(READY) ## Format and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, minutes
+	@$(BIN)/python -m tests.simulation.run 2000
+	@$(BIN)/python -m tests.simulation.run 300 --mutations
+
 bench: $(READY) ## Benchmarks; JSON lines
 	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
 
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study
 
-.PHONY: help setup quickstart test check fix bench study lock
+.PHONY: help setup quickstart test check fix simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

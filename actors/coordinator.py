@@ -20,13 +20,13 @@ from actors.recorder import Recorder
 from actors.updates import UpdateLimits, Updates
 from actors.waits import Stopwatch, WaitReport, blame
 from distrl.errors import DistrlError, LedgerError, RunError
-from distrl.ledger import Draw, Ledger
+from distrl.ledger import Draw, JournalledTicket, Ledger
 from distrl.messages import BatchGrant, PublishAgain, StepReport, TicketGrant
 from distrl.schema import Role
 from distrl.seeding import Purpose
-from distrl.staleness import Admission, Version, staleness
+from distrl.staleness import Admission, Outstanding, Version, most_stale
 from distrl.tasks.problem import Problem
-from distrl.tickets import POLICY_WEIGHTS, DropReason, Ticket, weights_of
+from distrl.tickets import POLICY_WEIGHTS, DropReason, ReturnCause, Ticket, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +137,43 @@ class Coordinator:
         New weights are loaded, and tickets issued, when the learner has published the checkpoint's weights again.
         """
         recovery = self._ledger.recover(self._step)
+        useless = self._useless(recovery.ready)
         for kept in recovery.ready:
-            oldest_step = self._versions[kept.oldest_version].step
+            if kept.ticket_id in useless:
+                continue
+            oldest_step = self._oldest_step(kept.versions)
             flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), oldest_step)
+            flight.versions = kept.versions
             flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
             flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
             await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
             self._flights.add(flight)
             self._flights.ready(flight, self._clock())
-        self._reissue.extend(recovery.issued)
+        again = [self._ledger.return_ticket(i, cause, redraw=False) for i, cause in useless.items()]
+        self._reissue.extend(sorted((*recovery.issued, *again)))
         self._recorder.event(
             "resumed",
-            f"at step {self._step} with {len(recovery.ready)} tickets from the journal and {len(recovery.issued)} to "
-            "sample again",
+            f"at step {self._step} with {len(recovery.ready) - len(again)} tickets from the journal and "
+            f"{len(self._reissue)} to sample again, {len(again)} of them because weights that were left sampled them",
         )
         self._recovered.set()
         await self._notify()
+
+    def _useless(self, ready: Sequence[JournalledTicket]) -> dict[int, ReturnCause]:
+        """Journalled tickets that are sampled again: too far from the weights that the run goes on from."""
+        if self._settings.on_stale == "keep":
+            return {}
+        outstanding = [Outstanding(t.ticket_id, self._oldest_step(t.versions), True) for t in ready]
+        kept = self._settings.admission.trainable(outstanding, self._step)
+        return {t.ticket_id: ReturnCause.TOO_STALE for t in ready if t.ticket_id not in kept}
+
+    def _oldest_step(self, versions: Sequence[int]) -> int:
+        """The step of the weights that a ticket counts as sampled by, on the branch of the published ones.
+
+        That is the step of its oldest version; for weights of a branch that was left, as many steps before the
+        published ones as lie between them along the tree of versions.
+        """
+        return self._published.step - most_stale(self._versions, versions, self._published.version)
 
     async def _begin(self) -> None:
         # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end by those that
@@ -265,6 +286,7 @@ class Coordinator:
         needed_step = flight.oldest_step
         try:
             receipt = await self._pipeline.sample(flight, member, _at_least(needed_step))
+            flight.versions = receipt.versions
             flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
             flight.oldest_step = self._versions[receipt.oldest_version].step
             flight.response_tokens = receipt.response_tokens
@@ -348,7 +370,7 @@ class Coordinator:
         ticket_id = flight.ticket.ticket_id
         # The step before may not be published yet; its weights are what this batch is trained on all the same.
         behind = (self._step - 1) - self._published.step
-        age = staleness(self._versions, flight.oldest_version, self._published.version) + behind
+        age = most_stale(self._versions, flight.versions, self._published.version) + behind
         bound = self._settings.admission.max_staleness
         if self._settings.on_stale == "wait" and age > bound:
             raise LedgerError(

@@ -24,6 +24,8 @@ class Flight:
     grading: Any = None
     reference: Any = None
     bytes: int = 0
+    versions: tuple[int, ...] = ()
+    """All policy versions that sampled one of its tokens."""
     oldest_version: int = 0
     newest_version: int = 0
     reward_mean: float = 0.0

@@ -56,17 +56,24 @@ class Journal:
     ) -> JournalReceipt:
         """Joins a ticket's columns and writes them; returns when the file is safe.
 
+        A ticket that is sent again, because an answer was late or lost, stands once in a file.
+
         Raises:
             SchemaError: a stage's batch lacks a rollout. RunError: the disk refused.
         """
         loop = asyncio.get_running_loop()
-        entry = _Entry(join(generation, grading, reference), loop.create_future())
+        rollouts = join(generation, grading, reference)
+        ids = rollouts.column("rollout_id")
+        for other in self._waiting:
+            if other.rollouts.column("rollout_id").equals(ids):
+                return await asyncio.shield(other.written)
+        entry = _Entry(rollouts, loop.create_future())
         self._waiting.append(entry)
         if sum(e.rollouts.nbytes for e in self._waiting) >= FLUSH_BYTES:
             self._flush()
         elif self._timer is None:
             self._timer = loop.call_later(FLUSH_S, self._flush)
-        return await entry.written
+        return await asyncio.shield(entry.written)
 
     @ray.method(num_returns=2)
     async def read(self, path: str, sha256: str, ticket_id: int) -> tuple[int, pa.RecordBatch]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distrl.messages import LoadReceipt, StepReport
+from distrl.tickets import POLICY_WEIGHTS
 
 KEPT = 10_000
 """Records kept in memory; the file has all."""
@@ -57,7 +58,7 @@ class Recorder:
     def evaluation(self, row: dict[str, object]) -> None:
         self._add({"kind": "evaluation", **row})
 
-    def load(self, actor: str, receipt: LoadReceipt, weights: str) -> None:
+    def load(self, actor: str, receipt: LoadReceipt, weights: str = POLICY_WEIGHTS) -> None:
         self._add({"kind": "load", "actor": actor, "weights": weights, **asdict(receipt)})
 
     def _add(self, record: dict[str, Any]) -> None:

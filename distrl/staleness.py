@@ -4,7 +4,7 @@
 tokens and the learner's version, along the tree of versions. `docs/staleness.md` has the argument.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distrl.errors import LedgerError
@@ -37,6 +37,18 @@ def staleness(versions: Mapping[int, Version], oldest: int, current: int) -> int
             high = _parent(versions, high, oldest, current)
     common = _get(versions, high).step
     return (versions[oldest].step - common) + (versions[current].step - common)
+
+
+def most_stale(versions: Mapping[int, Version], sampled_by: Iterable[int], current: int) -> int:
+    """Staleness of a ticket: that of its most stale token.
+
+    Along one branch that is the token of the oldest version. Weights of a branch that was left may be younger and yet
+    further away.
+
+    Args:
+        sampled_by: all versions that sampled one of its tokens.
+    """
+    return max(staleness(versions, version, current) for version in sampled_by)
 
 
 def _get(versions: Mapping[int, Version], version: int) -> Version:
@@ -95,6 +107,18 @@ class Admission:
         In order of issue it is trained position // tickets_per_step steps after the one now under way.
         """
         return max(0, published_step + position // self.tickets_per_step - self.max_staleness)
+
+    def trainable(self, outstanding: Iterable[Outstanding], step: int) -> frozenset[int]:
+        """As many of these tickets as can all be trained in time from learner step `step` on.
+
+        In the order of deadlines, each is taken whose place in the order comes before its deadline. Every ticket takes
+        one place of equal length, so no other choice has more of them.
+        """
+        kept: list[int] = []
+        for ticket in sorted(outstanding, key=lambda t: (t.oldest_step, t.ticket_id)):
+            if ticket.oldest_step + self.max_staleness >= step + len(kept) // self.tickets_per_step:
+                kept.append(ticket.ticket_id)
+        return frozenset(kept)
 
     def choose(self, outstanding: Sequence[Outstanding], step: int) -> "Choice":
         """Which tickets the step from learner step `step` trains, or which it has to wait for.

@@ -170,3 +170,16 @@ def test_one_who_gives_up_waiting_does_not_keep_the_others_from_the_disk(tmp_pat
         assert set(read((await waiter).path)["ticket_id"].to_pylist()) >= {1}
 
     run(scenario())
+
+
+def test_a_ticket_that_is_sent_again_stands_once_in_the_file(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        journal = Journal(tmp_path)
+        first = asyncio.create_task(journal.append(*stages(0)))
+        await asyncio.sleep(0)
+        first.cancel()  # its caller has given up
+        again, other = await append_all(journal, 0, 1)
+        assert again == other
+        assert read(again.path)["rollout_id"].to_pylist() == ["p0.0.0", "p0.0.1", "p1.0.0", "p1.0.1"]
+
+    run(scenario())

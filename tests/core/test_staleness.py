@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distrl.errors import LedgerError
-from distrl.staleness import Admission, Choice, Outstanding, Version, staleness
+from distrl.staleness import Admission, Choice, Outstanding, Version, most_stale, staleness
 from tests.builders import refusal
 
 # The tree of versions -------------------------------------------------------------------------------------------
@@ -42,6 +42,37 @@ FORKED = tree((0, None, 0), (1, 0, 1), (2, 1, 2), (3, 2, 3), (4, 1, 1), (5, 4, 2
 )
 def test_staleness_counts_steps_up_to_the_common_ancestor_and_down(oldest: int, current: int, steps: int) -> None:
     assert staleness(FORKED, oldest, current) == steps
+
+
+def test_the_most_stale_token_need_not_be_of_the_oldest_version() -> None:
+    # Version 4 is version 1 again: a rollout that began on 1, went on on the branch that was left, and ended on 4.
+    assert most_stale(FORKED, (1, 3, 4), 4) == staleness(FORKED, 3, 4) == 2
+    assert staleness(FORKED, 1, 4) == 0
+    assert most_stale(FORKED, (0, 1), 6) == staleness(FORKED, 0, 6) == 3
+
+
+@given(
+    st.lists(st.integers(-3, 4), max_size=7),
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_as_many_tickets_as_possible_are_kept_that_can_all_be_trained_in_time(
+    oldest_steps: list[int], max_staleness: int, per_step: int, step: int
+) -> None:
+    """Second route: every larger subset, trained in the order of deadlines, the best one (docs/staleness.md)."""
+    admission = Admission(max_staleness, per_step)
+    outstanding = [Outstanding(i, o, True) for i, o in enumerate(oldest_steps)]
+    kept = admission.trainable(outstanding, step)
+
+    def in_time(subset: Iterable[int]) -> bool:
+        order = sorted(subset, key=lambda i: oldest_steps[i])
+        return all(step + place // per_step <= oldest_steps[i] + max_staleness for place, i in enumerate(order))
+
+    assert in_time(kept)
+    larger = itertools.combinations(range(len(oldest_steps)), len(kept) + 1)
+    assert not any(in_time(subset) for subset in larger)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2)), max_size=30), st.integers(0, 30), st.integers(0, 30))

@@ -1,0 +1,109 @@
+"""Faults that the simulation must find: one small change each in code that keeps the accounts."""
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.coordinator import Coordinator
+from actors.flights import Flights
+from actors.journal import Journal
+from distrl.ledger import Ledger
+from distrl.staleness import Admission
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """Another text in the source of one method."""
+
+    name: str
+    owner: type
+    method: str
+    old: str
+    new: str
+    seed: int
+    """Seeds from here on find it soon; `make simulate` searches from 0."""
+
+
+MUTATIONS = (
+    Mutation("numbers of tickets are skipped", Ledger, "issue", "MAX(ticket_id) + 1", "MAX(ticket_id) + 2", 0),
+    Mutation("version numbers are used again", Ledger, "_next_version", "MAX(version) + 1, 0", "MAX(parent) + 1, 0", 0),
+    Mutation("a zombie is not fenced", Ledger, "_check_owner", 'newest["epoch"] != self._epoch', "False", 13),
+    Mutation("staleness is not recorded", Ledger, "mark_trained", "staleness=value", "staleness=0", 0),
+    Mutation(
+        "only the newest version of a ticket is recorded",
+        Ledger,
+        "mark_generated",
+        "sorted(set(versions))",
+        "[max(versions)]",
+        53,
+    ),
+    Mutation(
+        "a checkpoint leaves its own step out", Ledger, "commit_checkpoint", "trained_step <= ?", "trained_step < ?", 0
+    ),
+    Mutation(
+        "a checkpoint is named in a transaction of its own",
+        Ledger,
+        "commit_checkpoint",
+        "tickets = [",
+        'self._db.execute("COMMIT"); self._db.execute("BEGIN"); tickets = [',
+        93,
+    ),
+    Mutation(
+        "steps since the checkpoint are forgotten after a crash",
+        Ledger,
+        "recover",
+        "self._in_states(TicketState.TRAINED)",
+        "()",
+        7,
+    ),
+    Mutation(
+        "what was being sampled is forgotten after a crash",
+        Ledger,
+        "recover",
+        "TicketState.ISSUED, TicketState.GENERATED",
+        "TicketState.GENERATED",
+        7,
+    ),
+    Mutation(
+        "what was being graded is forgotten after a crash",
+        Ledger,
+        "recover",
+        "TicketState.ISSUED, TicketState.GENERATED",
+        "TicketState.ISSUED",
+        7,
+    ),
+    Mutation(
+        "a ticket is drawn again under other noise", Ledger, "_return", "int(redraw), ticket_id", "1, ticket_id", 13
+    ),
+    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 108),
+    Mutation("a granted ticket may be granted again", Flights, "grant", "self.remove(flight)", "pass", 0),
+    Mutation(
+        "a drop is not recorded",
+        Coordinator,
+        "_drop",
+        "self._ledger.drop(flight.ticket.ticket_id, reason, detail)",
+        "pass",
+        5,
+    ),
+    Mutation("the step does not look ahead", Admission, "choose", "and not late", "", 9),
+    Mutation("what is too old after a crash is kept", Coordinator, "_go_on", "in useless:", "in ():", 120),
+)
+
+
+@contextmanager
+def mutated(mutation: Mutation) -> Iterator[None]:
+    """Inside, the method has the mutation's text."""
+    original = inspect.getattr_static(mutation.owner, mutation.method)
+    source = textwrap.dedent(inspect.getsource(original))
+    assert mutation.old in source, f"{mutation.name}: {mutation.method} has no {mutation.old!r} any more"
+    namespace: dict[str, Any] = dict(vars(sys.modules[mutation.owner.__module__]))
+    exec(source.replace(mutation.old, mutation.new), namespace)
+    setattr(mutation.owner, mutation.method, namespace[mutation.method])
+    try:
+        yield
+    finally:
+        setattr(mutation.owner, mutation.method, original)
