@@ -2,9 +2,9 @@
 
     python examples/calculator.py [FOLDER]
 
-Writes FOLDER/sums.jsonl and FOLDER/model (FOLDER is `calculator` unless named). A prompt is `34+57+12=`. The model has a
-calculator: it writes `[34+57]`, reads `91;`, writes `[91+12]`, reads `103;`, and answers `103`. It is warmed up on some
-of such transcripts, so that it is right now and then; a run teaches it the rest:
+Writes FOLDER/sums.jsonl and FOLDER/model (FOLDER is `calculator` unless named). A prompt is `34+57+12=`. The model has
+a calculator: it writes `[34+57]`, reads `91;`, writes `[91+12]`, reads `103;`, and answers `103`. It is warmed up on
+such transcripts until it is right now and then; a run teaches it the rest:
 
     distrl train examples/calculator.yaml
 """
@@ -30,8 +30,8 @@ def transcript(a: int, b: int, c: int) -> str:
     return f"[{a}+{b}]{a + b};[{a + b}+{c}]{a + b + c};{a + b + c}"
 
 
-def make(folder: Path, *, problems: int = 4000, steps: int = 250, largest: int = 29) -> None:
-    """Writes the two files and the model."""
+def make(folder: Path, *, problems: int = 4000, steps: int = 90, largest: int = 29) -> None:
+    """Writes the files and the model."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     sums = dict.fromkeys(tuple(rng.randint(1, largest) for _ in range(3)) for _ in range(2 * problems))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrl.environments.protocol import Step
 from distrl.errors import ConfigError, StageError
+from distrl.graders.forms import rubric_functions
 
 if TYPE_CHECKING:
     from distrl.tasks.problem import Problem
@@ -94,12 +95,11 @@ class Verifiers:
         return bool(await _called(self._environment.is_completed, given))
 
     async def _score(self) -> float:
-        rubric = self._environment.rubric
-        objects = {**getattr(rubric, "class_objects", {}), **self._state, "state": self._state}
         total = 0.0
-        for function, weight in zip(rubric.funcs, rubric.weights, strict=True):
+        for function, weight, objects in rubric_functions(self._environment.rubric):
             if weight:
-                total += weight * float(await _called(function, objects))
+                given = {**objects, **self._state, "state": self._state}
+                total += weight * float(await _called(function, given))
         return total
 
 

@@ -113,11 +113,18 @@ class _Rubric:
         raise ValueError("of weight 0, never called")
 
 
+class _Group:
+    """Rubrics of rubrics: what a `MultiTurnEnv` makes of the one that it was given."""
+
+    def __init__(self) -> None:
+        self.rubrics = [_Rubric()]
+
+
 class GuessEnvironment:
     """The face of a `MultiTurnEnv`: three guesses."""
 
     def __init__(self, guesses: int = 3) -> None:
-        self.rubric = _Rubric()
+        self.rubric = _Group()
         self.guesses = guesses
 
     async def setup_state(self, state: dict[str, Any]) -> None:
