@@ -65,6 +65,7 @@ class Grading:
             reward_sums=tuple(sum(g.reward for g in ticket) for ticket in graded),
             correct=tuple(sum(g.verdict == "correct" for g in ticket) for ticket in graded),
             rollouts=tuple(len(ticket) for ticket in graded),
+            components=tuple(_means(ticket) for ticket in graded),
             failures=failures,
             bytes=batch.nbytes,
             started_s=started_s,
@@ -104,6 +105,14 @@ class Grading:
         except StageError as error:
             return error
         return grades
+
+
+def _means(grades: Sequence[Grade]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for grade in grades:
+        for name, value in grade.components.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {name: total / len(grades) for name, total in sums.items()}
 
 
 def _responses(batch: pa.RecordBatch) -> list[Response]:

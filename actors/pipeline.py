@@ -46,6 +46,8 @@ class Grades:
     reward_sum: float
     correct: int
     rollouts: int
+    components: Mapping[str, float]
+    """Means over the rollouts."""
 
 
 class Pipeline:
@@ -78,6 +80,8 @@ class Pipeline:
         self._clock = clock
         self.on_failure: Callable[[Flight, DistrlError], None] = lambda flight, error: None
         """Told of every failed call."""
+        self.on_graded: Callable[[Flight, Grades], None] = lambda flight, grades: None
+        """Told of every ticket that was graded."""
         self.rollouts: Counter[str] = Counter()
         """Rollouts that each stage has finished so far."""
         self._grade_calls = Coalescer(grading, limits.grading_tickets_per_call, self._call_grading)
@@ -141,6 +145,7 @@ class Pipeline:
             flight, DropReason.GRADING_FAILED, lambda: self._grade_calls.submit(flight)
         )
         self._span(flight, "grading", began)
+        self.on_graded(flight, grades)
         return grades  # type: ignore[no-any-return]
 
     async def _score(self, flight: Flight) -> None:
@@ -201,7 +206,8 @@ class Pipeline:
         receipt, batch = await member.caller.batch(
             "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
         )
-        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
+        sums = (receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.components)
+        rows = zip(*sums, receipt.failures, strict=True)
         return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:

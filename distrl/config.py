@@ -111,6 +111,12 @@ class GradingConfig(_Section):
     timeout_s: float = Field(120.0, gt=0)
     """Seconds a call may take before it counts as failed."""
 
+    alert_tickets: int = Field(64, ge=2)
+    """Tickets that are compared with as many before them; a sudden shift of reward, pass rate, length or a component is
+    an event of the kind `alert` in the run's metrics."""
+    alert_sigmas: float = Field(8.0, ge=0)
+    """Standard errors from which on a shift is sudden; 0 raises no alerts."""
+
 
 class ReferenceConfig(_Section):
     """The actors that score rollouts under the reference model; started only when the objective needs them."""

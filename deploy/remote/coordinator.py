@@ -1,13 +1,16 @@
 """The coordinator's actor."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from actors.calls import RayCaller
 from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
-from actors.pipeline import Pipeline, PipelineLimits
+from actors.flight import Flight
+from actors.pipeline import Grades, Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.shifts import ShiftWatch
 from actors.updates import UpdateLimits
 from deploy.run_dir import RunDir
 from distrl.config import Config
@@ -58,14 +61,33 @@ class CoordinatorActor(Coordinator):
                 if role != Role.POLICY and handles.get(stage)
             },
         )
+        recorder = Recorder(run_dir.metrics, time.time)
+        pipeline.on_graded = graded_watch(config, recorder)
         super().__init__(
             coordinator_settings(config, samples),
             Ledger(run_dir.ledger),
             make_prompts(config, left_out),
             pipeline,
-            Recorder(run_dir.metrics, time.time),
+            recorder,
             time.time,
         )
+
+
+def graded_watch(config: Config, recorder: Recorder) -> Callable[[Flight, Grades], None]:
+    """Watches what graders say of the policy's rollouts, and records sudden shifts."""
+    grading = config.grading
+    watch = ShiftWatch(grading.alert_tickets, grading.alert_sigmas, lambda text: recorder.event("alert", text))
+
+    def observe(flight: Flight, grades: Grades) -> None:
+        if flight.ticket.role == Role.POLICY and grading.alert_sigmas:
+            found = {
+                "reward": grades.reward_sum / grades.rollouts,
+                "pass rate": grades.correct / grades.rollouts,
+                "response tokens": flight.response_tokens / grades.rollouts,
+            }
+            watch.observe(found | {f"component {name}": value for name, value in grades.components.items()})
+
+    return observe
 
 
 def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:

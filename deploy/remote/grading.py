@@ -16,4 +16,5 @@ class GradingActor(Grading):
     def __init__(self, config: Config, graders: Graders, folder: str) -> None:
         importable_from(folder)
         concurrency = config.grading.concurrency
-        super().__init__(describe(graders), build_graders(graders, concurrency, resources(config)), concurrency)
+        grader = build_graders(graders, concurrency, resources(config))
+        super().__init__(" ".join(filter(None, [describe(graders), grader.version])), grader, concurrency)
