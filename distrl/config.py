@@ -15,7 +15,7 @@ from distrl.environments.config import EnvironmentConfig
 from distrl.errors import ConfigError
 from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
-from distrl.sampling import SamplingParams
+from distrl.sampling import SamplingParams, UpdateMode
 from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
 from distrl.tasks.config import DataConfig
@@ -81,8 +81,16 @@ class RolloutConfig(_Section):
 class GenerationConfig(_Section):
     """The actors that sample."""
 
-    engine: Literal["transformers", "fake"] = "transformers"
-    """`transformers`: decode loop over a local model; `fake`: deterministic and instant, for tests of the system."""
+    engine: Literal["transformers", "vllm", "fake"] = "transformers"
+    """`transformers`: decode loop over a local model; `vllm`: vLLM, which must be installed; `fake`: deterministic and
+    instant, for tests of the system."""
+    update_mode: UpdateMode = "keep"
+    """What new weights do to sequences in flight. `keep`: their keys and values stay, which is faster; `recompute`:
+    they are computed again, so that every token's log-probability is that of the version it names."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Processes that share one actor's model, each on a GPU of its own; only `vllm` has more than 1."""
+    engine_args: Mapping[str, Any] = {}
+    """Further engine arguments of vLLM, such as `max_model_len`; unknown ones are refused, and all by other engines."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
     evaluation_actors: int = Field(0, ge=0)
@@ -163,6 +171,12 @@ class TrainConfig(_Section):
     """The gradient's global norm is clipped to this."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Most padded tokens of one forward and backward pass; larger batches accumulate gradients."""
+    logp_check_rollouts: int = Field(8, ge=0)
+    """Rollouts of a step whose recorded log-probabilities are computed again under the version that they name; keeps a
+    second copy of the weights while `max_staleness` is not 0. 0 checks none."""
+    logp_mismatch_bound: float = Field(0.1, gt=0)
+    """Largest mean difference (nats) between recorded and recomputed log-probabilities of one generation actor; beyond
+    it training stops."""
     checkpoint_every_steps: int = Field(20, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -232,6 +246,22 @@ class Config(_Section):
                 f"generation.slots must be >= rollout.group_size ({self.rollout.group_size}), got "
                 f"{self.generation.slots}; a ticket's responses are sampled together"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_reads_its_keys(self) -> "Config":
+        g = self.generation
+        unread = {
+            "tensor_parallel_size": (g.tensor_parallel_size, 1, g.engine != "vllm"),
+            "engine_args": (dict(g.engine_args), {}, g.engine != "vllm"),
+            "update_mode": (g.update_mode, "keep", g.engine == "fake"),
+        }
+        for key, (value, default, ignored) in unread.items():
+            if ignored and value != default:
+                raise ValueError(
+                    f"generation.{key} must be {default!r} for generation.engine {g.engine}, which does not read it, "
+                    f"got {value!r}; leave it out, or take another engine"
+                )
         return self
 
     @property

@@ -3,13 +3,14 @@
 Shapes: B rollouts, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distrl.schema import list_values
 
@@ -61,7 +62,7 @@ def pad_lists(column: pa.Array, response_mask: Tensor, dtype: torch.dtype) -> Te
     return padded
 
 
-def response_logps(model: nn.Module, tokens: PaddedTokens, temperature: float) -> Tensor:
+def response_logps(model: Callable[..., Any], tokens: PaddedTokens, temperature: float) -> Tensor:
     """log softmax(logits / temperature) of each response token.
 
     Args:
@@ -74,7 +75,7 @@ def response_logps(model: nn.Module, tokens: PaddedTokens, temperature: float) -
     return _chosen(logits, torch.logsumexp(logits, dim=2), tokens)
 
 
-def logps_and_entropy(model: nn.Module, tokens: PaddedTokens, temperature: float) -> tuple[Tensor, Tensor]:
+def logps_and_entropy(model: Callable[..., Any], tokens: PaddedTokens, temperature: float) -> tuple[Tensor, Tensor]:
     """`response_logps`, and the entropy of the distribution that each response token was drawn from.
 
     Returns:
@@ -89,7 +90,7 @@ def logps_and_entropy(model: nn.Module, tokens: PaddedTokens, temperature: float
     return _chosen(logits, normalizer, tokens), entropy
 
 
-def _response_logits(model: nn.Module, tokens: PaddedTokens, temperature: float) -> Tensor:
+def _response_logits(model: Callable[..., Any], tokens: PaddedTokens, temperature: float) -> Tensor:
     """[B, T, V] float32 logits over the temperature, at the positions that give the response tokens."""
     T = tokens.response_mask.shape[1]
     P = tokens.input_ids.shape[1] - T

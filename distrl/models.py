@@ -132,6 +132,17 @@ def load_model(directory: Path | str, dtype: "torch.dtype", *, setting: str = "m
     return model
 
 
+def model_without_weights(directory: Path | str) -> "PreTrainedModel":
+    """The model of a directory on the meta device: names and shapes of its tensors, without their memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(_model_directory(directory, "model.path"), local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
 def check_model(directory: Path | str, *, setting: str = "model.path") -> int:
     """Looks at a model directory without loading its weights.
 

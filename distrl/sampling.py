@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
+UpdateMode = Literal["keep", "recompute"]
+"""What new weights do to the keys and values of sequences in flight: stay, or are computed again."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

@@ -43,3 +43,15 @@ def sampling_noise(stream: tuple[int, ...], responses: int, tokens: int) -> NDAr
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(stream))))
     return rng.random((responses, tokens))
+
+
+def response_seeds(stream: tuple[int, ...], responses: int) -> list[int]:
+    """One seed per response of a ticket, for engines that draw their own random numbers.
+
+    Args:
+        stream: as in `sampling_noise`.
+    Returns:
+        Integers in [0, 2**63); seed g does not depend on the number of responses.
+    """
+    words = np.random.SeedSequence(list(stream)).generate_state(responses, np.uint64)
+    return [int(word >> np.uint64(1)) for word in words]

@@ -20,6 +20,10 @@ class TrainingBatch:
     tensors: dict[str, Tensor]
     """By the names of the objective: mask, behavior_logps, ref_logps [B, T]; rewards, group [B]."""
     response_tokens: int
+    versions: Tensor
+    """[B, T] int64: policy version that each response token names; 0 where there is none."""
+    engines: list[str]
+    """[B] names of the actors that sampled."""
 
 
 def training_batch(
@@ -42,7 +46,8 @@ def training_batch(
     }
     if all(reference is not None for _, _, reference in tickets):
         tensors["ref_logps"] = pad_lists(rollouts.column("ref_logps"), mask, torch.float32)
-    return TrainingBatch(tokens, tensors, int(mask.sum()))
+    versions = pad_lists(rollouts.column("policy_versions"), mask, torch.int64)
+    return TrainingBatch(tokens, tensors, int(mask.sum()), versions, rollouts.column("engine").to_pylist())
 
 
 def micro_batches(tokens: PaddedTokens, group: Tensor, most_tokens: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from distrl.objectives import Batch, Recipe, combine, evaluate, prepare
 from distrl.weights import policy_tensors
 from learners.batches import TrainingBatch, micro_batches, training_batch
 from learners.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from learners.logp_check import LogpCheck, LogpCheckSettings
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
 
 Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
@@ -73,6 +74,7 @@ class LoopSettings:
     checkpoint_every_steps: int
     checkpoints: Path
     optimizer: OptimizerSettings
+    logp_check: LogpCheckSettings
 
 
 class Trainer:
@@ -89,6 +91,7 @@ class Trainer:
         self._recipe = recipe
         self._settings = settings
         self.optimizer = make_optimizer(model, settings.optimizer)
+        self._check = LogpCheck(model, settings.logp_check)
 
     def step(self, batch: TrainingBatch, step: int) -> dict[str, float]:
         """One optimizer step on a global batch; `step` is its number, the first is 1.
@@ -146,9 +149,14 @@ class Trainer:
     def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
         return training_batch(tickets, self._tokenizer.pad_token_id or 0)
 
+    def check_logps(self, batch: TrainingBatch, version: int, step: int) -> dict[str, float]:
+        """Compares recorded log-probabilities with the model's own, see `learners.logp_check.LogpCheck`."""
+        return self._check(batch, version, step)
+
     def publish(self, link: RunLink, version: int, step: int, *, again: bool = False) -> None:
         tensors = policy_tensors(self._model)
         link.publish(describe(tensors, version=version, step=step), tensors, again=again)
+        self._check.published(version)
 
     def checkpoint(self, link: RunLink, state: TrainState) -> int:
         """Saves and commits a checkpoint; its step."""
@@ -197,7 +205,9 @@ def train(
             break
         tickets, staleness = batch
         received = clock()
-        metrics = trainer.step(trainer.training_batch(tickets), step)
+        tensors = trainer.training_batch(tickets)
+        checked = trainer.check_logps(tensors, version, step)
+        metrics = {**trainer.step(tensors, step), **checked}
         trained = clock()
         version = link.trained(
             StepReport(step, received - began, trained - received, last_publish_s, metrics), staleness

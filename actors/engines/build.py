@@ -26,6 +26,9 @@ def build_engine(config: Config, tokenizer: Any) -> Engine:
             eos_token_id=tokenizer.eos_token_id,
         )
 
+    if config.generation.engine == "vllm":
+        return _vllm_engine(config, tokenizer)
+
     import torch
 
     from actors.engines.transformers import TransformersEngine
@@ -38,4 +41,33 @@ def build_engine(config: Config, tokenizer: Any) -> Engine:
         pad_token_id=tokenizer.pad_token_id or 0,
         slots=config.generation.slots,
         threads=config.run.threads_per_process,
+        update_mode=config.generation.update_mode,
+    )
+
+
+def _vllm_engine(config: Config, tokenizer: Any) -> Engine:
+    from actors.engines.vllm_start import start_vllm
+    from distrl.models import model_without_weights
+    from distrl.weights import policy_tensors
+
+    g = config.generation
+    llm = start_vllm(
+        config.model.path,
+        slots=g.slots,
+        tensor_parallel_size=g.tensor_parallel_size,
+        engine_args=g.engine_args,
+        threads=config.run.threads_per_process,
+    )
+    # Only now: vLLM must see the environment that `start_vllm` prepares when it is imported.
+    from actors.engines.vllm import VllmEngine
+
+    model = model_without_weights(config.model.path)
+    return VllmEngine(
+        llm,
+        policy=policy_tensors(model),
+        vocabulary_size=model.config.get_text_config().vocab_size,
+        context_length=llm.vllm_config.model_config.max_model_len,
+        eos_token_ids=(tokenizer.eos_token_id,),
+        slots=g.slots,
+        update_mode=g.update_mode,
     )

@@ -13,18 +13,20 @@ The first two hold for float32 on x86 with MKL, and tests/engines/test_determini
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from actors.engines.cache import POSITION_BUCKET, SlotCache, round_up
+from actors.engines.cache import POSITION_BUCKET, LayerStates, SlotCache, round_up
 from actors.engines.rows import ROW_BUCKET, Job, Prefill, Rows, Seat
-from distrl.sampling import LoadReport
+from distrl.sampling import LoadReport, UpdateMode
 from distrl.weights import check_newer, check_policy, copy_policy, policy_tensors
+
+T = TypeVar("T")
 
 PREFILL_PROMPTS = 16
 """Most prompts in one prefill. Each gets logits at the ends of all of them, so this bounds these to 256 rows."""
@@ -52,6 +54,7 @@ class Decoder:
         pad_token_id: int,
         slots: int,
         version: int,
+        update_mode: UpdateMode = "keep",
     ) -> None:
         """
         Args:
@@ -68,6 +71,7 @@ class Decoder:
         self._rows = Rows(slots, eos_V)
         self._waiting: deque[Job] = deque()
         self._steps_without_prefill = 0
+        self._update_mode = update_mode
         self.version = version
 
     @property
@@ -90,8 +94,9 @@ class Decoder:
         check_policy(version, self._policy, tensors, changed_only=changed_only)
 
     def load(self, version: int, tensors: Mapping[str, Tensor]) -> LoadReport:
-        """Replace weights, what `tensors` lacks stays, and keep the cache: the next tokens see keys and values of
-        older versions.
+        """Replace weights; what `tensors` lacks stays.
+
+        The next tokens see keys and values of older versions, unless these are computed again.
 
         Raises:
             PolicyError: `version` is older than the one that is loaded; the old weights stay.
@@ -103,6 +108,8 @@ class Decoder:
             # Its logits would give first tokens of the old weights under the new version.
             job.prefill = None
         self.version = version
+        if self._update_mode == "recompute":
+            self._recompute_cache()
         return LoadReport(version, perf_counter() - started, self._rows.live)
 
     def step(self) -> list[Job]:
@@ -154,7 +161,8 @@ class Decoder:
 
     def _start(self, seats: Sequence[Seat]) -> list[Job]:
         self._steps_without_prefill = 0
-        for jobs in _batches([seat.job for seat in seats if seat.job.prefill is None]):
+        unknown = [seat.job for seat in seats if seat.job.prefill is None]
+        for jobs in _batches(unknown, key=lambda job: len(job.request.prompt_token_ids)):
             self._prefill(jobs)
         by_prefill: dict[Prefill, list[Seat]] = {}
         for seat in seats:
@@ -172,31 +180,40 @@ class Decoder:
                 seat.job.prefill = None
         return self._sample(self._rows.seat(seated), torch.cat(logits))
 
+    def _recompute_cache(self) -> None:
+        """Compute the keys and values of all live rows anew, from their prompts and what was sampled so far."""
+        for rows in _batches(self._rows.histories(), key=lambda row: len(row[1])):
+            prefill, _ = self._forward_prompts([history for _, history in rows])
+            self._cache.fill(self._index([slot for slot, _ in rows]), self._index(list(range(len(rows)))), prefill)
+
     def _prefill(self, jobs: Sequence[Job]) -> None:
-        """Compute the prompts of `jobs` together, padded on the right."""
-        prompts = [job.request.prompt_token_ids for job in jobs]
-        T = round_up(max(len(prompt) for prompt in prompts), POSITION_BUCKET)
-        # Powers of two from 2 up: with T and the number of ends below, every product has a multiple of 32 rows.
+        states, logits = self._forward_prompts([job.request.prompt_token_ids for job in jobs])
+        prefill = Prefill(states, logits)
+        for row, job in enumerate(jobs):
+            job.prefill, job.prompt = prefill, row
+
+    def _forward_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[list[LayerStates], Tensor]:
+        """Compute prompts together, padded on the right; their keys and values, and the logits [P, V] after each."""
+        width = round_up(max(len(prompt) for prompt in prompts), POSITION_BUCKET)
+        # Powers of two from 2 up: with the width and the number of ends below, every product has a multiple of 32 rows.
         P = max(2, 1 << (len(prompts) - 1).bit_length())
-        ids = torch.full((P, T), self._pad_token_id)
+        ids = torch.full((P, width), self._pad_token_id)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         ends = sorted({len(prompt) - 1 for prompt in prompts})
         padded_ends = ends + ends[-1:] * (round_up(len(ends), max(1, ROW_BUCKET // P)) - len(ends))
         # Padding may run over the end of a model with learned positions.
-        positions = torch.arange(T, device=self._device).clamp(max=self._context_length - 1)
+        positions = torch.arange(width, device=self._device).clamp(max=self._context_length - 1)
         cache = DynamicCache()
         logits = self._forward(
             input_ids=ids.to(self._device),
-            position_ids=positions.expand(P, T),
+            position_ids=positions.expand(P, width),
             past_key_values=cache,
             logits_to_keep=self._index(padded_ends),
         )
         rows, columns = range(len(prompts)), [ends.index(len(prompt) - 1) for prompt in prompts]
         layers: list[Any] = cache.layers
-        prefill = Prefill([(layer.keys, layer.values) for layer in layers], logits[list(rows), columns])
-        for row, job in enumerate(jobs):
-            job.prefill, job.prompt = prefill, row
+        return [(layer.keys, layer.values) for layer in layers], logits[list(rows), columns]
 
     def _forward(self, **inputs: Any) -> Tensor:
         logits: Tensor = self._model(**inputs, use_cache=True).logits
@@ -206,13 +223,18 @@ class Decoder:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs whose prompts are computed together: of similar length, within PREFILL_PROMPTS and PREFILL_TOKENS."""
-    batches: list[list[Job]] = []
-    for job in sorted(jobs, key=lambda job: len(job.request.prompt_token_ids)):
-        padded = round_up(len(job.request.prompt_token_ids), POSITION_BUCKET)
-        if batches and len(batches[-1]) < min(PREFILL_PROMPTS, PREFILL_TOKENS // padded):
-            batches[-1].append(job)
+def _batches(prompts: Sequence[T], key: Callable[[T], int]) -> list[list[T]]:
+    """What is computed together: prompts of similar length, within PREFILL_PROMPTS and PREFILL_TOKENS.
+
+    Args:
+        key: length of a prompt in tokens.
+    """
+    batches: list[list[T]] = []
+    for prompt in sorted(prompts, key=key):
+        if batches and len(batches[-1]) < min(
+            PREFILL_PROMPTS, PREFILL_TOKENS // round_up(key(prompt), POSITION_BUCKET)
+        ):
+            batches[-1].append(prompt)
         else:
-            batches.append([job])
+            batches.append([prompt])
     return batches

@@ -96,6 +96,12 @@ class Rows:
     def owned_by(self, job: Job) -> list[int]:
         return [slot for slot, owner in enumerate(self._owners) if owner and owner[0] is job]
 
+    def histories(self) -> list[tuple[int, list[int]]]:
+        """Every live slot and the tokens whose keys and values it holds: the prompt and all but the last sampled."""
+        live = [(slot, owner[0]) for slot, owner in enumerate(self._owners) if owner]
+        steps, tokens = self._step_S.tolist(), self._tokens_SN.tolist()
+        return [(slot, [*job.request.prompt_token_ids, *tokens[slot][: steps[slot] - 1]]) for slot, job in live]
+
     def seat(self, seats: Sequence[Seat]) -> Tensor:
         """Start responses in free slots, their prompts being in the cache; returns the slots, in the seats' order."""
         requests = [seat.job.request for seat in seats for _ in seat.slots]

@@ -13,7 +13,7 @@ from actors.engines.decode import Decoder
 from actors.engines.request_rules import check_request
 from actors.engines.rows import Job
 from distrl.errors import ConfigError, PolicyError, StageError
-from distrl.sampling import LoadReport, Sample, SampleRequest
+from distrl.sampling import LoadReport, Sample, SampleRequest, UpdateMode
 from distrl.seeding import sampling_noise
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ class TransformersEngine:
         slots: int,
         threads: int,
         version: int = 0,
+        update_mode: UpdateMode = "keep",
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         """
@@ -67,6 +68,7 @@ class TransformersEngine:
             threads: torch threads, >= 1, set for the whole process. Only with 1 is a request's result independent,
                 to the last bit, of what runs beside it.
             version: policy version of the model's weights.
+            update_mode: what becomes of the keys and values of sequences in flight when new weights are loaded.
             on_step: called in the decode thread after every step with the number of steps so far; new requests and
                 weights take effect when it returns. For tests that place an event between two steps.
         Raises:
@@ -95,6 +97,7 @@ class TransformersEngine:
             pad_token_id=pad_token_id,
             slots=slots,
             version=version,
+            update_mode=update_mode,
         )
         self._on_step = on_step
         self._threads = threads

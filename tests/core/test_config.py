@@ -87,6 +87,31 @@ def test_a_ticket_s_responses_must_fit_into_one_actor() -> None:
     make_config(MINIMAL, ["generation.slots=16", "rollout.group_size=16"])
 
 
+@pytest.mark.parametrize(
+    ("engine", "key", "given", "message_"),
+    [
+        (
+            "transformers",
+            "tensor_parallel_size",
+            "2",
+            "tensor_parallel_size must be 1 for generation.engine transformers",
+        ),
+        ("fake", "engine_args", "{dtype: auto}", "engine_args must be {} for generation.engine fake"),
+        ("fake", "update_mode", "recompute", "update_mode must be 'keep' for generation.engine fake"),
+    ],
+)
+def test_a_key_that_the_engine_does_not_read_is_refused(engine: str, key: str, given: str, message_: str) -> None:
+    found = message(f"generation.engine={engine}", f"generation.{key}={given}")
+    assert found.startswith(f"generation.{message_}, which does not read it, got ")
+    assert found.endswith("; leave it out, or take another engine")
+
+
+def test_vllm_reads_its_keys() -> None:
+    overrides = ["engine=vllm", "tensor_parallel_size=2", "engine_args={dtype: auto}", "update_mode=recompute"]
+    g = make_config(MINIMAL, [f"generation.{override}" for override in overrides]).generation
+    assert (g.tensor_parallel_size, dict(g.engine_args), g.update_mode) == (2, {"dtype": "auto"}, "recompute")
+
+
 def test_a_key_that_the_data_source_does_not_use_is_refused() -> None:
     assert message("data.task=chain_sum") == (
         "data.task must be empty for data.source sort_digits, got 'chain_sum'; "

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from distrl.seeding import Purpose, generator, sampling_noise
+from distrl.seeding import Purpose, generator, response_seeds, sampling_noise
 
 
 def counter_based_uniforms(stream: tuple[int, ...], count: int) -> list[float]:
@@ -47,6 +47,13 @@ def test_every_seed_purpose_ticket_and_redraw_has_numbers_of_its_own() -> None:
     names = itertools.product(range(4), Purpose, range(6), range(3))
     firsts = {float(sampling_noise((seed, int(p), *rest), 1, 1)[0, 0]) for seed, p, *rest in names}
     assert len(firsts) == 4 * len(Purpose) * 6 * 3
+
+
+def test_a_response_s_seed_depends_on_the_stream_and_its_index_alone() -> None:
+    assert response_seeds((0, 1, 5, 0), 3) == response_seeds((0, 1, 5, 0), 8)[:3]
+    seeds = [seed for ticket in range(50) for redraw in range(2) for seed in response_seeds((0, 1, ticket, redraw), 16)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("words", [(1, 2), (2, 1)])

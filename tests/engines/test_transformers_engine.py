@@ -157,6 +157,35 @@ def test_weights_that_arrive_between_two_steps_sample_every_later_token_over_the
         assert_close(s.logps, switched_logps(old, new, r.prompt_token_ids, s.token_ids, switch=4))
 
 
+def test_a_recomputed_cache_makes_every_later_token_one_of_the_version_it_names() -> None:
+    old, new = tiny_model(seed=1), tiny_model(seed=2)
+    # Rows of three lengths, more than are computed together; the update comes after 4 tokens of each.
+    requests = [request(f"r{n}", range(2, 2 + n), 7, max_new_tokens=12, stream=n) for n in (1, 5, 17)]
+    gate = StepGate(3)
+
+    async def scenario() -> list[list[Sample]]:
+        engine = tiny_engine(tiny_model(seed=1), eos_token_ids=(), slots=32, on_step=gate, update_mode="recompute")
+        sampling = asyncio.gather(*(engine.sample(r) for r in requests))
+        await gate.reached()
+        loading = asyncio.create_task(engine.load(5, policy_tensors(new)))
+        await asyncio.sleep(0)
+        gate.open()
+        assert (await loading).sequences_in_flight == 21
+        samples = await sampling
+        await engine.close()
+        return samples
+
+    for r, samples in zip(requests, run(scenario()), strict=True):
+        for s in samples:
+            assert set(s.versions) == {0, 5}
+            by_version = {0: full_logps(old, r.prompt_token_ids, s.token_ids)}
+            by_version[5] = full_logps(new, r.prompt_token_ids, s.token_ids)
+            expected = [
+                by_version[v][t, token] for t, (v, token) in enumerate(zip(s.versions, s.token_ids, strict=True))
+            ]
+            assert_close(s.logps, torch.stack(expected))
+
+
 def test_a_prompt_that_was_computed_before_new_weights_is_computed_again_for_later_responses() -> None:
     new = tiny_model(seed=2)
     gate, r = StepGate(1), request(responses=4, max_new_tokens=5)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.engines.transformers import TransformersEngine
-from distrl.sampling import SampleRequest, SamplingParams
+from distrl.sampling import SampleRequest, SamplingParams, UpdateMode
 
 VOCABULARY = 23
 """Odd, so that rows of logits do not begin at multiples of a vector register."""
@@ -45,6 +45,7 @@ def tiny_engine(
     *,
     eos_token_ids: Sequence[int] = (EOS,),
     slots: int = 8,
+    update_mode: UpdateMode = "keep",
     on_step: Callable[[int], None] | None = None,
 ) -> TransformersEngine:
     return TransformersEngine(
@@ -53,6 +54,7 @@ def tiny_engine(
         pad_token_id=PAD,
         slots=slots,
         threads=1,
+        update_mode=update_mode,
         on_step=on_step,
     )
 

@@ -21,6 +21,7 @@ from distrl.sampling import Sample, SampleRequest, SamplingParams
 from distrl.schema import Stage, record_batch
 from distrl.tokenizer import character_tokenizer
 from learners.checkpoint import TrainState
+from learners.logp_check import LogpCheckSettings
 from learners.loop import LoopSettings, Stages, Trainer, World, train
 from learners.optimizer import OptimizerSettings
 from tests.builders import generation_columns, grading_columns
@@ -117,6 +118,7 @@ def learn(model: Path, recipe: str, directory: Path) -> LocalLink:
         checkpoint_every_steps=15,
         checkpoints=directory,
         optimizer=OptimizerSettings(3e-2, 0, 0.0, (0.9, 0.95), 1.0),
+        logp_check=LogpCheckSettings(rollouts=2, bound=1e-3, max_staleness=0, update_mode="keep", temperature=1.0),
     )
     trainer = Trainer(load_model(model, torch.float32), load_tokenizer(model), build(recipe), settings)
     link = LocalLink(model)
@@ -133,6 +135,7 @@ def test_a_recipe_learns_to_begin_with_the_wanted_token(model: Path, tmp_path: P
     for report in link.reports:
         assert all(np.isfinite(value) for value in report.metrics.values()), report.metrics
         assert 0 <= report.metrics["entropy"] <= np.log(7)  # of seven tokens
+        assert report.metrics["logp_mismatch_max"] < 1e-4
         # Sampled from the weights that are trained: all ratios of policy to behavior are 1.
         assert report.metrics.get("ratio_mean", 1.0) == pytest.approx(1.0, abs=1e-3)
     assert np.mean(link.rewards[-3:]) > np.mean(link.rewards[:3]) + 0.3
