@@ -18,7 +18,7 @@ from distrl.models import TinyArchitecture
 from distrl.tasks import DataConfig
 from distrl.warmup import WarmupPlan, cached_model
 
-ALPHABET = "0123456789+=[];"
+ALPHABET = "0123456789+=[];?"
 CALL_ENDS = "]"
 """A message ends with this character or with the end of the sequence."""
 

@@ -18,10 +18,10 @@ _BINARY: dict[type[ast.operator], Callable[[Decimal, Decimal], Decimal]] = {
 }
 
 
-def calculate(expression: str) -> str:
-    """The value of an expression of + - * / // % and brackets, to 50 digits; `error` where it has none."""
+def calculate(expression: str) -> str | None:
+    """The value of an expression of + - * / // % and brackets, to 50 digits; None where it has none."""
     if len(expression) > MOST_CHARACTERS:
-        return "error"
+        return None
     try:
         tree = ast.parse(expression.strip(), mode="eval")
         with localcontext() as context:
@@ -29,7 +29,7 @@ def calculate(expression: str) -> str:
             value = _value(tree.body)
             return f"{value.normalize():f}" if value == value.to_integral_value() else str(value.normalize())
     except (SyntaxError, ValueError, DivisionByZero, InvalidOperation, ArithmeticError, RecursionError):
-        return "error"
+        return None
 
 
 def _value(node: ast.expr) -> Decimal:

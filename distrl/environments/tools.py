@@ -31,6 +31,7 @@ class Tools:
         grader: of the last message, by the problem's answer.
         call_reward: reward of a turn that calls a tool.
         longest: characters of the output that are kept.
+        error: what the calculator says of what it cannot calculate.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Tools:
         grader: str = "numeric",
         call_reward: float = 0.0,
         longest: int = 1000,
+        error: str = "error",
         sandbox: "SandboxConfig | None" = None,
     ) -> None:
         if unknown := [tool for tool in tools if tool not in KNOWN]:
@@ -49,7 +51,7 @@ class Tools:
                 f"environment.options.tools must be of {', '.join(KNOWN)}, got {', '.join(unknown)}; remove what is not"
             )
         self._tools: Mapping[str, Tool] = {
-            tool: calculate if tool == "calculator" else _python(sandbox) for tool in tools
+            tool: _calculator(error) if tool == "calculator" else _python(sandbox) for tool in tools
         }
         self._calls = {
             tool: re.compile(
@@ -77,6 +79,14 @@ class Tools:
             _, tool, content = max(found)
             return Step(self._result.format(self._tools[tool](content)[: self._longest]), self._call_reward, False)
         return Step("", self._grade([self._problem], [message])[0].reward, True)
+
+
+def _calculator(error: str) -> Tool:
+    def run(expression: str) -> str:
+        value = calculate(expression)
+        return error if value is None else value
+
+    return run
 
 
 def _python(limits: "SandboxConfig | None") -> Tool:

@@ -69,8 +69,9 @@ def build_graders(graders: Graders, concurrency: int, resources: Mapping[str, An
     Raises:
         ConfigError: there is no such grader, or its options do not suit it.
     """
-    members = [(name, one.weight, _limited(name, one, concurrency, resources or {})) for name, one in graders.items()]
-    return CombinedGrader(members)
+    made = {name: _limited(name, one, concurrency, resources or {}) for name, one in graders.items()}
+    version = " ".join(f"{name}@{grader.content}" for name, grader in made.items() if grader.content)
+    return CombinedGrader([(name, graders[name].weight, grader) for name, grader in made.items()], version)
 
 
 def resources(config: "Config") -> dict[str, Any]:

@@ -20,9 +20,9 @@ def noise(mean: float, count: int, seed: int = 0, deviation: float = 0.2) -> lis
 
 def test_a_sudden_shift_is_told_once_with_both_means() -> None:
     told = watch([0.25] * 40 + [1.0] * 60)
-    # The first of the new values is already beyond what 40 equal ones allow.
+    # With k of the last 20 new: 0.75 k/20 > 6 * 0.75 sqrt(k/20 (1 - k/20) / 19), from k = 14 on.
     assert told == [
-        "reward shifted from 0.25 to 0.2875 between 20 tickets and the next 20; look at what graders gave, in the "
+        "reward shifted from 0.25 to 0.775 between 20 tickets and the next 20; look at what graders gave, in the "
         "journal's columns components, verdict and reason"
     ]
     assert len(watch(noise(0.3, 60) + noise(0.9, 60, seed=1))) == 1

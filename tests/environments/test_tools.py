@@ -29,17 +29,17 @@ PROBLEM = Problem.of("What is 2 * 21?", "42")
         ("0.1 + 0.2", "0.3"),
         ("10 / 2", "5"),
         ("100 * 10", "1000"),
-        ("1 / 0", "error"),
-        ("2 ** 10", "error"),
-        ("__import__('os')", "error"),
-        ("1 if 2 else 3", "error"),
-        ("True + 1", "error"),
-        ("1" * 300, "error"),
-        ("", "error"),
-        ("(" * 100, "error"),
+        ("1 / 0", None),
+        ("2 ** 10", None),
+        ("__import__('os')", None),
+        ("1 if 2 else 3", None),
+        ("True + 1", None),
+        ("1" * 300, None),
+        ("", None),
+        ("(" * 100, None),
     ],
 )
-def test_the_calculator(expression: str, value: str) -> None:
+def test_the_calculator(expression: str, value: str | None) -> None:
     assert calculate(expression) == value
 
 
@@ -55,8 +55,9 @@ def test_a_call_gives_its_result_and_an_answer_ends_the_episode() -> None:
 
 
 def test_the_marks_of_a_call_are_options() -> None:
-    tools = Tools(open="[", close="]", result="{};", call_reward=-0.125)
+    tools = Tools(open="[", close="]", result="{};", call_reward=-0.125, error="?")
     tools.reset(PROBLEM)
+    assert tools.step("[2*]").observation == "?;"
     assert tools.step("[2*21]") == Step("42;", -0.125, False)
 
 
