@@ -65,7 +65,10 @@ bench: $(READY) ## Benchmarks; JSON lines
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study
 
-.PHONY: help setup setup-vllm quickstart test test-system test-vllm check fix simulate bench study lock
+study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
+	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
+
+.PHONY: help setup study-off-policy setup-vllm quickstart test test-system test-vllm check fix simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

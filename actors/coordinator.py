@@ -7,8 +7,8 @@ knows whether the stages are actors or objects in the same process.
 import asyncio
 import shutil
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.evaluation import Evaluation, Evaluator
@@ -56,6 +56,8 @@ class Prompts:
     heldout: Sequence[Problem]
     """For the evaluations before and after training."""
     heldout_during: Sequence[Problem]
+    values: Mapping[str, float] = field(default_factory=dict)
+    """V* by prompt id; empty where the objective reads none."""
 
 
 class Coordinator:
@@ -277,6 +279,7 @@ class Coordinator:
             group_size=self._settings.group_size,
             stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
             messages=problem.messages,
+            v_star=self._prompts.values.get(prompt_id),
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
 
@@ -392,6 +395,8 @@ class Coordinator:
         version = self._ledger.mark_trained(report.step, staleness_by_ticket, self._published.version)
         trained = self._flights.trained(report.step, staleness_by_ticket)
         rewards, tokens = [f.reward_mean for f in trained], sum(f.response_tokens for f in trained)
+        if report.skipped is not None:
+            self._recorder.event("skipped_step", report.skipped)
         self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
         return self._updates.expect(version)
 

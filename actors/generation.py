@@ -135,6 +135,7 @@ class Generation:
             "top_k": [self._params.top_k] * rows,
             "max_new_tokens": [self._params.max_new_tokens] * rows,
             "engine": [self._name] * rows,
+            "v_star": [ticket.v_star] * rows,
             "generation_started_s": [started_s] * rows,
             "generation_finished_s": [self._clock()] * rows,
         }

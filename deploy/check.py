@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.environments.registry import KNOWN, environment_factory
 from distrl.errors import ConfigError
@@ -15,11 +16,12 @@ from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
 from distrl.tickets import weights_of
+from learners.optimizer import OptimizerSettings, check_schedule
 
-SAMPLED = {"v_star": Role.REFERENCE, "preference": Role.OPPONENT}
-"""Columns that need responses of others than the policy, with whose."""
+SAMPLED = {"preference": Role.OPPONENT}
+"""Columns that need responses of others than the policy while a run trains, with whose."""
 
-PRODUCED = frozenset({"policy", "behavior", "reference", "rewards", "group"})
+PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"})
 """Models and columns that a run can produce for an objective."""
 
 
@@ -36,6 +38,8 @@ class RunPlan:
     """Ids of the prompts that are longer than `data.max_prompt_tokens`."""
     longest_prompt: int
     """Tokens."""
+    values: RunValues
+    """Optimal values of the prompts, where the objective reads them."""
     samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
     """Roles that generation actors sample for."""
 
@@ -47,6 +51,21 @@ def build_recipe(config: Config) -> Recipe:
         ConfigError: unknown recipe or option.
     """
     return build(config.objective.recipe, **config.objective.options)
+
+
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    """The optimizer's part of the config."""
+    t = config.train
+    return OptimizerSettings(
+        t.learning_rate,
+        t.lr_warmup_steps,
+        t.weight_decay,
+        t.betas,
+        t.max_grad_norm,
+        t.lr_schedule,
+        t.lr_schedule_options,
+        t.steps,
+    )
 
 
 def check_run(config: Config) -> RunPlan:
@@ -63,6 +82,7 @@ def check_run(config: Config) -> RunPlan:
     recipe = build_recipe(config)
     check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=PRODUCED)
     check_heldout(config, task)
+    _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
@@ -72,17 +92,21 @@ def check_run(config: Config) -> RunPlan:
         )
     if config.reference.path is not None:
         check_model(config.reference.path, setting="reference.path")
+    values = check_values(config, recipe, graders, task)
     needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
     samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
-    _check_actors(config, samples)
+    # Values are sampled before the run, by distrl vstar and the same config.
+    before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
+    _check_actors(config, samples | before)
     return RunPlan(
         graders,
         scores_reference,
         recipe,
-        len(task.train),
+        len(task.train) - len(values.unsolved),
         len(task.heldout),
         lengths.left_out,
         lengths.longest,
+        values,
         samples,
     )
 
@@ -153,6 +177,27 @@ def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") 
         max_new_tokens=config.rollout.max_new_tokens,
         context_length=context_length,
     )
+
+
+def _check_learner(config: Config, longest_prompt: int) -> None:
+    """
+    Raises:
+        ConfigError: a response may be too long for a micro-batch, or the learning rate has no such schedule.
+    """
+    check_schedule(optimizer_settings(config))
+    t = config.train
+    longest = longest_prompt + config.rollout.max_new_tokens
+    if longest > t.micro_batch_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens must be >= the longest prompt ({longest_prompt} tokens) with "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}), {longest}, got {t.micro_batch_tokens}; raise "
+            "it, or lower data.max_prompt_tokens"
+        )
+    if config.lora.rank == 0 and config.lora.targets:
+        raise ConfigError(
+            f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
+            "are trained"
+        )
 
 
 def check_graders(config: Config, task: Task) -> Graders:
@@ -231,6 +276,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         if c.data.max_prompt_tokens is not None
         else ""
     )
+    if plan.values.unsolved:
+        left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "
@@ -246,8 +293,7 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
         "a time each",
         f"scores    {reference}",
-        f"learns    1 learner, AdamW at {c.train.learning_rate:g}, a checkpoint every {c.train.checkpoint_every_steps} "
-        "steps",
+        _explain_learner(config),
         f"evaluates {c.evaluation.problems} held-out problems before and after"
         + (
             f", {c.evaluation.problems_during} every {c.evaluation.every_steps} steps"
@@ -263,3 +309,14 @@ def _environment_in_words(c: Config) -> list[str]:
     if e.name is None:
         return []
     return [f"plays     {e.actors} environment actor(s), {e.name}: at most {e.max_turns} messages an episode"]
+
+
+def _explain_learner(config: Config) -> str:
+    t = config.train
+    workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
+    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+    schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
+    return (
+        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "
+        f"every {t.checkpoint_every_steps} steps"
+    )

@@ -21,6 +21,7 @@ from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
 from deploy.commands.recipes import recipes
+from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
 
@@ -137,6 +138,7 @@ app.command()(export)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)
+app.command()(vstar)
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ from distrl.messages import BatchGrant, Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
 from learners.logp_check import LogpCheckSettings
-from learners.loop import LoopSettings, Stages, Trainer, World, train
-from learners.optimizer import OptimizerSettings
+from learners.loop import train
+from learners.parallel import ParallelSettings
+from learners.trainer import LoopSettings, Stages, Trainer
+from learners.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +88,10 @@ class RayLink:
 
 def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
     """The training loop's part of the config."""
+    import torch
+
+    from deploy.check import optimizer_settings
+
     t = config.train
     return LoopSettings(
         steps=t.steps,
@@ -93,7 +99,10 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         micro_batch_tokens=t.micro_batch_tokens,
         checkpoint_every_steps=t.checkpoint_every_steps,
         checkpoints=run_dir.checkpoints,
-        optimizer=OptimizerSettings(t.learning_rate, t.lr_warmup_steps, t.weight_decay, t.betas, t.max_grad_norm),
+        optimizer=optimizer_settings(config),
+        layout=t.layout,
+        parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
+        skipped_in_a_row=config.limits.skipped_steps_in_a_row,
         logp_check=LogpCheckSettings(
             # What the fake engine records is no model's.
             rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,
@@ -105,33 +114,46 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
     )
 
 
+def make_trainer(config: Config, run_dir: RunDir, world: World) -> Trainer:
+    """A worker's trainer, with the model that the run begins from."""
+    import torch
+
+    from deploy.check import build_recipe
+    from distrl.lora import LoraSettings, add_adapters
+    from distrl.models import load_model, load_tokenizer
+
+    model: Any = load_model(config.model.path, torch.float32)
+    lora = config.lora
+    if lora.rank:
+        add_adapters(model, LoraSettings(lora.rank, lora.alpha, lora.targets), config.run.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    settings = loop_settings(config, run_dir)
+    return Trainer(model.to(world.device), tokenizer, build_recipe(config), settings, world)
+
+
 def worker_main(arguments: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import torch
     from ray import train as ray_train
-
-    from deploy.check import build_recipe
-    from distrl.models import load_model, load_tokenizer
+    from ray.train.torch import get_device
 
     config: Config = arguments["config"]
     torch.set_num_threads(config.run.threads_per_process)
-    settings = loop_settings(config, arguments["run_dir"])
-    tokenizer = load_tokenizer(config.model.path)
-    trainer = Trainer(load_model(config.model.path, torch.float32), tokenizer, build_recipe(config), settings)
-    link = RayLink(arguments["coordinator"], arguments["store"], config.limits.publish_timeout_s)
     context = ray_train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
+    world = World.join(context.get_world_rank(), context.get_world_size(), get_device())
+    trainer = make_trainer(config, arguments["run_dir"], world)
+    link = RayLink(arguments["coordinator"], arguments["store"], config.limits.publish_timeout_s)
 
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
     checkpoint: Path | None = arguments["checkpoint"]
     resume = None if checkpoint is None else trainer.restore(checkpoint)
-    train(trainer, settings, link, world, resume, report)
+    train(trainer, loop_settings(config, arguments["run_dir"]), link, world, resume, report)
 
 
 class RayTrainGroup:
-    """One worker on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
+    """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
     Args:
         checkpoint: the one that the ledger named last, to go on from; None begins anew.
@@ -165,13 +187,20 @@ class RayTrainGroup:
     def _fit(self) -> None:
         # Imported here, beside the start of the other actors: it takes seconds.
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
+        train = self._arguments["config"].train
         try:
             trainer = TorchTrainer(
                 worker_main,
                 train_loop_config=self._arguments,
-                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0, RESOURCE: 1}),
+                scaling_config=ScalingConfig(
+                    num_workers=train.workers,
+                    use_gpu=train.device == "cuda",
+                    resources_per_worker={"CPU": 0, RESOURCE: 1, **({"GPU": 1} if train.device == "cuda" else {})},
+                ),
+                # Small messages and checkpoints stay on the CPU.
+                torch_config=TorchConfig(backend="gloo" if train.device == "cpu" else "cpu:gloo,cuda:nccl"),
                 run_config=RunConfig(
                     name="learner",
                     storage_path=str(self._run_dir.path / "ray_train"),

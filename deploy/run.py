@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from deploy.check import RunPlan, check_run
+from deploy.checkpoints import last_checkpoint
 from deploy.interrupt import stop_on_interrupt
 from deploy.learner import RayTrainGroup
 from deploy.progress import Progress, Silent
@@ -17,7 +18,6 @@ from deploy.start import Handles, log_directory, start_actors, start_ray, wait_f
 from deploy.summary import summarize
 from distrl.config import Config, load_config
 from distrl.errors import RefusedError, RunError
-from distrl.ledger_reader import LedgerReader
 from learners.group import GroupStatus
 
 POLL_S = 0.2
@@ -50,15 +50,12 @@ def resumable(path: Path) -> tuple[Config, RunDir, Path]:
         raise RefusedError(
             f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
         )
-    checkpoint = None
-    if run_dir.ledger.exists():
-        with LedgerReader(run_dir.ledger) as ledger:
-            checkpoint = ledger.last_checkpoint()
+    checkpoint = last_checkpoint(run_dir)
     if checkpoint is None:
         raise RefusedError(
             f"{path}: the run must have a checkpoint to be resumed, it ended before the first; start anew"
         )
-    return load_config(run_dir.config), run_dir, Path(checkpoint.path)
+    return load_config(run_dir.config), run_dir, checkpoint
 
 
 def resume_training(path: Path, progress: Progress | None = None) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def start_ray() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=False,
-        resources={RESOURCE: 1},
+        # Only for learners, which do not count CPUs; as many as anybody may ask for.
+        resources={RESOURCE: 1024},
         namespace="distrl",
     )
     return True
@@ -86,7 +87,8 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
         create(ReferenceActor, config.reference.actors, config) if plan.scores_reference else []
     )
     handles.stages["journal"] = create(JournalActor, 1, run_dir)
-    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, plan.left_out, plan.samples)
+    left_out = plan.left_out | plan.values.unsolved
+    (handles.coordinator,) = create(CoordinatorActor, 1, config, run_dir, handles.stages, left_out, plan.samples)
     return handles
 
 

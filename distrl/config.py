@@ -148,8 +148,48 @@ class ObjectiveConfig(_Section):
     """Options of that recipe; one that it does not know is refused."""
 
 
+class ValuesConfig(_Section):
+    """Optimal values of the training prompts, which A*-PO reads; `distrl vstar` estimates them once."""
+
+    path: AbsolutePath | None = None
+    """Parquet file of the values: what `distrl vstar` writes, and what a recipe that reads v_star trains with."""
+    responses: int = Field(8, ge=1)
+    """Responses of the reference model per training prompt."""
+    mode: Literal["soft", "mean", "max"] = "soft"
+    """`soft`: beta log mean exp(reward / beta); `mean` and `max` are its limits for large and small `beta`."""
+    beta: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Temperature of `soft`, in units of the reward."""
+    drop_unsolved: bool = False
+    """Trains on the prompts alone that a response of the reference solved."""
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of the adapters; 0 trains all parameters."""
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' product is multiplied with alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one; empty takes all but the output layer."""
+
+
 class TrainConfig(_Section):
     """The learner."""
+
+    workers: int = Field(1, ge=1)
+    """Processes that train together, each with a part of every batch."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds the model and the optimizer's state; `fsdp`: each holds a part of them (FSDP2)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where workers train: `cpu` with gloo, or `cuda` with NCCL and a GPU for each."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products; parameters, the optimizer's state and sums of gradients stay in float32."""
+    activation_checkpointing: bool = False
+    """Computes blocks again in the backward pass instead of keeping what is inside them."""
+    layout: Literal["bucketed", "packed"] = "bucketed"
+    """`bucketed`: sequences of similar length side by side; `packed`: one after the other in one row, not seeing each
+    other."""
 
     steps: int = Field(100, ge=1)
     """Optimizer steps of the run."""
@@ -161,6 +201,20 @@ class TrainConfig(_Section):
     """`wait`: a step waits for a ticket that would become too old; `keep`: it is trained whenever it comes."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
+    lr_schedule: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant_with_warmup"
+    """How the learning rate moves over the run's steps; the names are those of `transformers.get_scheduler`."""
+    lr_schedule_options: Mapping[str, float | str] = {}
+    """Options of that schedule, such as `min_lr_rate` of `cosine_with_min_lr`."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
@@ -170,7 +224,8 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's global norm is clipped to this."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Most padded tokens of one forward and backward pass; larger batches accumulate gradients."""
+    """Most tokens of one forward and backward pass of a worker, padding included; larger batches accumulate gradients,
+    and a single response with its prompt must fit."""
     logp_check_rollouts: int = Field(8, ge=0)
     """Rollouts of a step whose recorded log-probabilities are computed again under the version that they name; keeps a
     second copy of the weights while `max_staleness` is not 0. 0 checks none."""
@@ -212,6 +267,8 @@ class LimitsConfig(_Section):
     """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
     stall_warning_s: float = Field(60.0, gt=0)
     """Seconds without progress after which the run says who is waiting for whom."""
+    skipped_steps_in_a_row: int = Field(3, ge=0)
+    """Optimizer steps that may be skipped in a row because their gradient is not finite; one more ends the run."""
     drops_in_a_row: int = Field(64, ge=1)
     """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
     ready_bytes: int = Field(1 << 30, ge=1)
@@ -235,7 +292,9 @@ class Config(_Section):
     grading: GradingConfig = GradingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    vstar: ValuesConfig = ValuesConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
 

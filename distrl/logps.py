@@ -1,11 +1,10 @@
-"""Log-probabilities of responses under a causal language model: padding, forward pass, gathering.
+"""Rollouts as rectangular tensors, and per-token columns beside them.
 
 Shapes: B rollouts, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,14 @@ class PaddedTokens:
     """[B] int64."""
     response_mask: Tensor
     """[B, T] bool: True where a response token is."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] prompt plus response."""
+        return self.prompt_lengths + self.response_mask.sum(1)
+
+    def to(self, device: torch.device) -> "PaddedTokens":
+        return PaddedTokens(self.input_ids.to(device), self.prompt_lengths.to(device), self.response_mask.to(device))
 
     def rows(self, index: Tensor) -> "PaddedTokens":
         """Some of the rollouts, cut to the longest prompt and response among them."""
@@ -60,59 +67,6 @@ def pad_lists(column: pa.Array, response_mask: Tensor, dtype: torch.dtype) -> Te
     padded = torch.zeros(response_mask.shape, dtype=dtype)
     padded[response_mask] = torch.from_numpy(values.copy()).to(dtype)
     return padded
-
-
-def response_logps(model: Callable[..., Any], tokens: PaddedTokens, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) of each response token.
-
-    Args:
-        model: a Hugging Face causal language model.
-        temperature: the one the responses were sampled with, > 0.
-    Returns:
-        [B, T] float32 in nats, differentiable; 0 where there is no response token.
-    """
-    logits = _response_logits(model, tokens, temperature)
-    return _chosen(logits, torch.logsumexp(logits, dim=2), tokens)
-
-
-def logps_and_entropy(model: Callable[..., Any], tokens: PaddedTokens, temperature: float) -> tuple[Tensor, Tensor]:
-    """`response_logps`, and the entropy of the distribution that each response token was drawn from.
-
-    Returns:
-        Log-probabilities as `response_logps`, and -sum_v p_v log p_v [B, T] in nats, detached; 0 where there is no
-        response token.
-    """
-    logits = _response_logits(model, tokens, temperature)
-    normalizer = torch.logsumexp(logits, dim=2)
-    with torch.no_grad():
-        entropy = normalizer - (torch.softmax(logits, dim=2) * logits).sum(2)
-        entropy = torch.where(tokens.response_mask, entropy, torch.zeros_like(entropy))
-    return _chosen(logits, normalizer, tokens), entropy
-
-
-def _response_logits(model: Callable[..., Any], tokens: PaddedTokens, temperature: float) -> Tensor:
-    """[B, T, V] float32 logits over the temperature, at the positions that give the response tokens."""
-    T = tokens.response_mask.shape[1]
-    P = tokens.input_ids.shape[1] - T
-    padding = P - tokens.prompt_lengths
-    columns = torch.arange(P + T, device=tokens.input_ids.device)
-    # Right padding needs no mask: a causal model never looks at it from a response token.
-    attention_mask = None if not bool(padding.any()) else (columns >= padding[:, None]).long()
-    output = model(
-        input_ids=tokens.input_ids,
-        attention_mask=attention_mask,
-        position_ids=(columns - padding[:, None]).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=T + 1,
-    )
-    logits: Tensor = output.logits[:, :-1].float() / temperature
-    return logits
-
-
-def _chosen(logits: Tensor, normalizer: Tensor, tokens: PaddedTokens) -> Tensor:
-    P = tokens.input_ids.shape[1] - tokens.response_mask.shape[1]
-    logps = logits.gather(2, tokens.input_ids[:, P:, None])[..., 0] - normalizer
-    return torch.where(tokens.response_mask, logps.clamp(max=0.0), torch.zeros_like(logps))
 
 
 def split_rows(padded: Tensor, mask: Tensor) -> Sequence[np.ndarray]:

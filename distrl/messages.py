@@ -182,3 +182,5 @@ class StepReport:
     last_publish_s: float
     """Seconds that the step before took to publish its weights and to checkpoint."""
     metrics: Mapping[str, float]
+    skipped: str | None = None
+    """Why the step left the weights as they were, where it did; names its tickets."""

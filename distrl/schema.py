@@ -74,6 +74,7 @@ _GENERATION_FIELDS = [
     _field("top_k", pa.int32()),
     _field("max_new_tokens", pa.int32()),
     _field("engine", pa.string()),
+    _field("v_star", pa.float64(), nullable=True),
     _field("generation_started_s", pa.float64()),
     _field("generation_finished_s", pa.float64()),
 ]
@@ -248,6 +249,13 @@ def _check_words(stage: Stage, batch: pa.RecordBatch, name: str, words: tuple[st
             _refuse(stage, batch, row, f"{name} must be one of {', '.join(words)}", value)
 
 
+def _check_values(stage: Stage, batch: pa.RecordBatch) -> None:
+    """v_star is null where the objective reads none, else finite."""
+    for row, value in enumerate(batch.column("v_star").to_pylist()):
+        if value is not None and not np.isfinite(value):
+            _refuse(stage, batch, row, "v_star must be finite", value)
+
+
 def _logps_check(name: str) -> Callable[[Stage, pa.RecordBatch], None]:
     def check(stage: Stage, batch: pa.RecordBatch) -> None:
         values, offsets = list_values(batch.column(name))
@@ -277,6 +285,7 @@ _CHECKS: dict[Stage, tuple[Callable[[Stage, pa.RecordBatch], None], ...]] = {
         _check_versions,
         _logps_check("behavior_logps"),
         _check_finish_reasons,
+        _check_values,
     ),
     Stage.GRADING: (_check_grades,),
     Stage.REFERENCE: (_logps_check("ref_logps"),),

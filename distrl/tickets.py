@@ -100,6 +100,8 @@ class Ticket:
     """Names the ticket's sampling noise (`distrl.seeding`)."""
     messages: tuple[Message, ...] = ()
     """The conversation, where the prompt is one; generation applies the model's chat template to it."""
+    v_star: float | None = None
+    """The prompt's optimal value, where the objective reads one; see `distrl.values_table`."""
 
     def rollout_id(self, group_index: int) -> str:
         return f"{self.role[0]}{self.ticket_id}.{self.redraw}.{group_index}"

@@ -1,23 +1,42 @@
-"""Checkpoints: a Hugging Face model directory with the optimizer's state, complete or absent."""
+"""Checkpoints: a Hugging Face model directory with the training state beside it, complete or absent.
+
+The training state is sharded as the workers are and loads into any number of them (torch.distributed.checkpoint). It is
+copied in the training loop and written in a thread.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distrl.errors import RunError
+from learners.gathering import whole_tensors
+from learners.world import World
 
-FORMAT = 1
+FORMAT = 2
 
-TRAINING_FILES = ("optimizer.pt", "state.json")
+TRAINING = "training"
+"""Directory of the sharded state: trained parameters, value head and optimizer."""
+
+TRAINING_FILES = (TRAINING, "state.json")
 """What a checkpoint has beyond a Hugging Face model directory."""
+
+# Said of every checkpoint of a single worker, which is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,77 +50,170 @@ class TrainState:
     format: int = FORMAT
 
 
-def save_checkpoint(
-    directory: Path,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    save_tokenizer: Callable[[Path], object],
-) -> str:
-    """Writes a checkpoint aside and renames it, so that a directory with this name is complete.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A checkpoint that is complete on disk."""
+
+    directory: Path
+    state: TrainState
+    sha256: str
+    """Over all files' names and bytes."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread, while training goes on.
 
     Args:
-        model: with `save_pretrained`.
         save_tokenizer: writes the tokenizer's files into the directory that it gets.
-    Returns:
-        sha256 over all files' names and bytes.
     """
-    aside = directory.with_name(directory.name + ".partial")
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    save_tokenizer(aside)
-    torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-    (aside / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-    digest = checkpoint_sha256(aside)
-    for path in sorted(aside.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if directory.exists():
-        shutil.rmtree(directory)  # left by a crash before the ledger named it
-    aside.rename(directory)
-    _sync(directory.parent)  # the new name must survive a crash too
-    return digest
+
+    def __init__(self, world: World, save_tokenizer: Callable[[Path], object]) -> None:
+        self._world = world
+        self._save_tokenizer = save_tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Written | None] | None = None
+
+    def begin(
+        self, directory: Path, model: Any, trained: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+    ) -> None:
+        """Copies what is to be written and starts to write it; `finished` must have been called since the last one.
+
+        Every worker calls it.
+
+        Args:
+            directory: appears when everything in it is written.
+            model: the Hugging Face model, with `save_pretrained`.
+            trained: the module that `optimizer` was made for.
+        """
+        aside = directory.with_name(directory.name + ".partial")
+        self._world.from_first(lambda: _make_empty(aside))
+        weights, options = get_state_dict(trained, optimizer, options=_OPTIONS)
+        sharded = _copy({"weights": weights, "optimizer": options})
+        whole = _copy(whole_tensors(model, self._world.first))
+        self._pending = self._thread.submit(self._write, directory, aside, model, sharded, whole, state)
+
+    def finished(self, wait: bool = False) -> Written | None:
+        """What has been written since `begin`, once; None while nothing has, and on every worker but the first.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            return pending.result()
+        except (Exception, CheckpointException) as error:
+            raise RunError(f"checkpoint: cannot be written: {type(error).__name__}: {error}") from error
+
+    def _write(
+        self,
+        directory: Path,
+        aside: Path,
+        model: Any,
+        sharded: Mapping[str, Any],
+        whole: Mapping[str, Tensor],
+        state: TrainState,
+    ) -> Written | None:
+        state_dict_saver.save(
+            dict(sharded),
+            checkpoint_id=aside / TRAINING,
+            process_group=self._world.files,
+            no_dist=self._world.size == 1,
+        )
+        if not self._world.first:
+            return None
+        model.save_pretrained(aside, state_dict=dict(whole))
+        self._save_tokenizer(aside)
+        (aside / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+        digest = checkpoint_sha256(aside)
+        for path in _files(aside):
+            _sync(path)
+        for path in (aside / TRAINING, aside):
+            _sync(path)
+        if directory.exists():
+            shutil.rmtree(directory)  # left by a crash before the ledger named it
+        aside.rename(directory)
+        _sync(directory.parent)  # the new name must survive a crash too
+        return Written(directory, state, digest)
 
 
-def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Restores weights and optimizer in place.
+def load_checkpoint(
+    directory: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None
+) -> TrainState:
+    """Restores trained parameters and optimizer in place; every worker calls it and reads its own part.
 
     Raises:
-        RunError: the directory is not a complete checkpoint, or of a newer format.
+        RunError: the directory is not a complete checkpoint, of another format, or of another model.
     """
-    from safetensors.torch import load_model
-
+    world = world or World()
     try:
         values: Mapping[str, Any] = json.loads((directory / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"checkpoint {directory}: state.json must be there and readable: {error}") from error
-    if values["format"] > FORMAT:
+    if values["format"] != FORMAT:
         raise RunError(
-            f"checkpoint {directory}: format must be at most {FORMAT}, got {values['format']}; "
-            "use the distrl that wrote it"
+            f"checkpoint {directory}: format must be {FORMAT}, got {values['format']}; use the distrl that wrote it"
         )
-    for name in ("model.safetensors", "optimizer.pt"):
-        if not (directory / name).is_file():
-            raise RunError(f"checkpoint {directory}: {name} must be there; the directory is not a complete checkpoint")
-    load_model(model, directory / "model.safetensors")
-    optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
+    if not (directory / TRAINING / ".metadata").is_file():
+        raise RunError(
+            f"checkpoint {directory}: {TRAINING}/.metadata must be there; the directory is not a complete checkpoint"
+        )
+    weights, options = get_state_dict(trained, optimizer, options=_OPTIONS)
+    found: dict[str, Any] = {"weights": weights, "optimizer": options}
+    try:
+        state_dict_loader.load(
+            found,
+            checkpoint_id=directory / TRAINING,
+            process_group=world.files,
+            no_dist=world.size == 1,
+        )
+    except (Exception, CheckpointException) as error:
+        raise RunError(
+            f"checkpoint {directory}: the training state must be that of the model and the settings of the run: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        ) from error
+    set_state_dict(
+        trained,
+        optimizer,
+        model_state_dict=found["weights"],
+        optim_state_dict=found["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
     return TrainState(**values)
 
 
 def checkpoint_sha256(directory: Path) -> str:
-    """Hash over the names and bytes of a checkpoint's files."""
+    """Hash over the names, with their folders, and the bytes of a checkpoint's files."""
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        digest.update(path.name.encode() + b"\0")
+    for path in _files(directory):
+        digest.update(path.relative_to(directory).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _copy(state: Any) -> Any:
+    """A copy on the CPU, shards as shards: training goes on with the originals."""
+    if isinstance(state, Mapping):
+        return {name: _copy(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_copy(value) for value in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -7,17 +7,17 @@ A token is compared under the weights of the version that it names. The learner 
 of one older version it keeps a copy until a batch with tokens of that version has come.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distrl.errors import RunError
-from distrl.logps import response_logps
+from distrl.policy_model import PolicyModel
 from distrl.sampling import UpdateMode
-from distrl.weights import policy_tensors
+from distrl.weights import copy_policy, policy_tensors
 from learners.batches import TrainingBatch
 
 
@@ -46,11 +46,11 @@ class LogpCheck:
     """Compares a sample of each batch; knows which weights are in the model because it is told.
 
     Args:
-        model: the one that is trained.
+        policy: the one that is trained. Where it is sharded every worker compares, each the same rollouts.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: LogpCheckSettings) -> None:
-        self._model = model
+    def __init__(self, policy: PolicyModel, settings: LogpCheckSettings) -> None:
+        self._policy = policy
         self._settings = settings
         self._kept: dict[str, Tensor] = {}
         self._kept_version: int | None = None
@@ -62,7 +62,7 @@ class LogpCheck:
             return  # synchronous: a batch has no tokens but the newest version's
         # Every step publishes one version.
         if self._kept_version is None or self._kept_version < version - s.max_staleness:
-            self._kept = {name: tensor.clone() for name, tensor in policy_tensors(self._model).items()}
+            self._kept = {name: tensor.clone() for name, tensor in policy_tensors(self._policy).items()}
             self._kept_version = version
 
     def __call__(self, batch: TrainingBatch, version: int, step: int) -> dict[str, float]:
@@ -99,9 +99,9 @@ class LogpCheck:
     ) -> None:
         tokens = batch.tokens.rows(rows)
         width = tokens.response_mask.shape[1]
-        model: Callable[..., Any] = self._model if of_version == version else self._old_model
-        with torch.no_grad():
-            logps = response_logps(model, tokens, self._settings.temperature).cpu()
+        with torch.no_grad(), nullcontext() if of_version == version else self._old_weights():
+            device = self._policy.device
+            logps = self._policy(tokens.to(device), self._settings.temperature).logps.cpu()
         versions = batch.versions[rows, :width]
         named = (versions == of_version) & tokens.response_mask
         # With a kept cache only the tokens of a rollout's first version are of that version alone.
@@ -113,8 +113,16 @@ class LogpCheck:
             engine.sampled.append(difference[i][pure[i]])
             engine.mixed.append(difference[i][named[i] & ~pure[i]])
 
-    def _old_model(self, **inputs: Any) -> Any:
-        return torch.func.functional_call(self._model, self._kept, kwargs=inputs)
+    @contextmanager
+    def _old_weights(self) -> Iterator[None]:
+        """Puts the kept weights into the model, in place: shards stay where they are."""
+        own = policy_tensors(self._policy)
+        newest = {name: tensor.clone() for name, tensor in own.items()}
+        copy_policy(own, self._kept)
+        try:
+            yield
+        finally:
+            copy_policy(own, newest)
 
     def _refuse(self, metrics: Mapping[str, float], found: Mapping[str, _Differences], step: int) -> None:
         for engine, differences in found.items():

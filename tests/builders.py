@@ -64,6 +64,7 @@ def generation_columns(
         "top_k": [0] * rows,
         "max_new_tokens": [8] * rows,
         "engine": ["fake"] * rows,
+        "v_star": [None] * rows,
         "generation_started_s": [100.0] * rows,
         "generation_finished_s": [101.0] * rows,
     }

@@ -17,6 +17,7 @@ from distrl.config import Config
 from distrl.ledger import Ledger
 from distrl.schema import Role
 from distrl.tasks import load_task, prompt_index
+from distrl.values_table import read_table
 
 GENERATION_STAGES = {
     Role.POLICY: "generation",
@@ -94,15 +95,21 @@ def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:
     """What tickets and evaluations draw from; the same in every process.
 
     Args:
-        left_out: ids of the prompts that the driver found to be too long; it has the tokenizer, this process has not.
+        left_out: ids of the prompts that the driver found to be too long, or never solved by the reference; it has the
+            tokenizer, this process has not.
     """
-    task = load_task(config.data).without(left_out)
+    task = load_task(config.data)
+    if config.vstar.drop_unsolved:
+        task = task.in_memory()  # only then a prompt can be left out of a set that is made when it is asked for
+    task = task.without(left_out)
+    values = {} if config.vstar.path is None else read_table(config.vstar.path).by_prompt()
     seed, size = config.run.seed, len(task.train)
     heldout = task.heldout[: config.evaluation.problems]
     return Prompts(
         draw=lambda ticket_id: task.train[prompt_index(seed, ticket_id, size)],
         heldout=heldout,
         heldout_during=heldout[: config.evaluation.problems_during],
+        values=values,
     )
 
 

@@ -72,6 +72,10 @@ class Task:
         train = tuple(map(change, self.train)) if isinstance(self.train, tuple) else _Mapped(self.train, change)
         return replace(self, train=train, heldout=tuple(map(change, self.heldout)))
 
+    def in_memory(self) -> "Task":
+        """The task with all its training problems made at once."""
+        return replace(self, train=tuple(self.train[i] for i in range(len(self.train))))
+
     def without(self, prompt_ids: frozenset[str]) -> "Task":
         """The task without the problems of these ids, in the same order; of a training set that is not in memory
         none is left out."""

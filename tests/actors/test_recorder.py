@@ -65,6 +65,7 @@ def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder
             "wait_s": 0.5,
             "train_s": 1.5,
             "last_publish_s": 0.25,
+            "skipped": None,
             "metrics": {"loss": 2.0},
             "reward_mean": 0.5,
             "staleness_mean": 1.0,

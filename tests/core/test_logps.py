@@ -1,6 +1,5 @@
 """Padding, and log-probabilities of responses against one unpadded float64 sequence at a time."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,15 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from distrl.logps import logps_and_entropy, pad_lists, pad_rollouts, response_logps, split_rows
-from tests.builders import generation_batch
+from distrl.errors import ConfigError
+from distrl.logps import pad_lists, pad_rollouts, split_rows
+from distrl.policy_model import Layout, PolicyModel, response_logps
+from tests.builders import generation_batch, refusal
 
 torch.set_num_threads(1)
 
 PAD = 0
+LAYOUTS: tuple[Layout, ...] = ("bucketed", "packed")
 PROMPTS = [(5, 6, 7, 8, 9), (3,), (4, 4), (9, 2, 11)]
 RESPONSES = [(2, 3), (1, 5, 2, 4), (3,), (2, 7)]
 
@@ -112,25 +114,35 @@ def test_lists_of_a_slice_are_its_own() -> None:
     assert [row.tolist() for row in split_rows(padded, mask)] == part.column("behavior_logps").to_pylist()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_padded_log_probabilities_are_those_of_each_sequence_alone(model: Qwen3ForCausalLM, temperature: float) -> None:
+def test_log_probabilities_are_those_of_each_sequence_alone(
+    model: Qwen3ForCausalLM, temperature: float, layout: Layout
+) -> None:
+    """However the sequences lie in a forward pass: none sees another, or padding."""
     tokens = pad_rollouts(rollouts(), PAD)
     with torch.no_grad():
-        found = response_logps(model.float(), tokens, temperature)
         exact = [unpadded_logps(model.double(), p, r, temperature) for p, r in sequences()]
+        found = PolicyModel(model, layout=layout)(tokens, temperature).logps
+        single = PolicyModel(model.float(), layout=layout)(tokens, temperature).logps
 
-    assert found.dtype == torch.float32
+    assert found.dtype == torch.float64
+    assert single.dtype == torch.float32
     assert not found[~tokens.response_mask].any()
-    for row, expected in zip(split_rows(found, tokens.response_mask), exact, strict=True):
-        np.testing.assert_allclose(row, expected.numpy(), rtol=1e-5, atol=2e-5)
+    for row, other, expected in zip(
+        split_rows(found, tokens.response_mask), split_rows(single, tokens.response_mask), exact, strict=True
+    ):
+        np.testing.assert_allclose(row, expected.numpy(), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(other, expected.numpy(), rtol=1e-5, atol=2e-5)
     assert min(e.min() for e in exact) < -3  # the comparison is not one of zeros
     # The temperature matters: at the other one the numbers are far from these.
     with torch.no_grad():
-        other = [unpadded_logps(model, p, r, 1.6 - temperature) for p, r in sequences()]
+        other = [unpadded_logps(model.double(), p, r, 1.6 - temperature) for p, r in sequences()]
     assert max((a - b).abs().max().item() for a, b in zip(exact, other, strict=True)) > 0.5
 
 
-def test_positions_count_from_the_prompt_s_first_token() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_count_from_the_prompt_s_first_token(layout: Layout) -> None:
     """Qwen3 sees only distances between tokens, so this takes a model with absolute positions."""
     config = GPT2Config(
         vocab_size=24,
@@ -147,24 +159,10 @@ def test_positions_count_from_the_prompt_s_first_token() -> None:
         model = GPT2LMHeadModel(config).eval()
     tokens = pad_rollouts(rollouts(), PAD)
     with torch.no_grad():
-        found = response_logps(model, tokens, 1.0)
+        found = PolicyModel(model, layout=layout)(tokens, 1.0).logps
         exact = [unpadded_logps(model, p, r, 1.0) for p, r in sequences()]
     for row, expected in zip(split_rows(found, tokens.response_mask), exact, strict=True):
         np.testing.assert_allclose(row, expected.numpy(), rtol=1e-4, atol=1e-4)
-
-
-def test_the_model_is_told_which_columns_are_padding_before_a_prompt() -> None:
-    """transformers can guess it from the positions, in some of its attention implementations."""
-    given: dict[str, Any] = {}
-
-    def model(**arguments: Any) -> SimpleNamespace:
-        given.update(arguments)
-        return SimpleNamespace(logits=torch.zeros(9, arguments["logits_to_keep"], 24))
-
-    response_logps(model, pad_rollouts(rollouts(), PAD), 1.0)  # type: ignore[arg-type]
-    prompt_mask = given["attention_mask"][:, :5]
-    assert prompt_mask.tolist() == [[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt, _ in sequences()]
-    assert bool(given["attention_mask"][:, 5:].all())
 
 
 def test_without_any_padding_the_result_is_the_same(model: Qwen3ForCausalLM) -> None:
@@ -195,14 +193,15 @@ def test_a_row_s_result_does_not_depend_on_its_neighbors(model: Qwen3ForCausalLM
     torch.testing.assert_close(part, whole[index][:, : part.shape[1]], rtol=1e-5, atol=1e-5)
 
 
-def test_the_gradient_is_that_of_the_unpadded_sequences_and_finite(model: Qwen3ForCausalLM) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_is_that_of_the_unpadded_sequences_and_finite(model: Qwen3ForCausalLM, layout: Layout) -> None:
     """In float64, so that nothing but the padding differs; each token with another weight."""
     model.double()
     tokens = pad_rollouts(rollouts(), PAD)
     weights = torch.randn(tokens.response_mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     model.zero_grad()
-    (response_logps(model, tokens, 0.8) * weights).sum().backward()
+    (PolicyModel(model, layout=layout)(tokens, 0.8).logps * weights).sum().backward()
     padded = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     rows = [unpadded_logps(model, p, r, 0.8) for p, r in sequences()]
@@ -212,9 +211,8 @@ def test_the_gradient_is_that_of_the_unpadded_sequences_and_finite(model: Qwen3F
     for name, parameter in model.named_parameters():
         assert padded[name].isfinite().all(), name
         assert parameter.grad is not None
-        # Logits pass through float32, hence not closer.
         scale = parameter.grad.abs().max().item()
-        torch.testing.assert_close(padded[name], parameter.grad, rtol=0, atol=2e-6 * scale, msg=name)
+        torch.testing.assert_close(padded[name], parameter.grad, rtol=0, atol=1e-10 * scale, msg=name)
         assert scale > 0, name
     model.zero_grad()
 
@@ -224,9 +222,9 @@ def test_entropy_is_that_of_the_whole_distribution_at_each_response_token(
     model: Qwen3ForCausalLM, temperature: float
 ) -> None:
     tokens = pad_rollouts(rollouts(), PAD)
-    logps, entropy = logps_and_entropy(model, tokens, temperature)
+    _, entropy, values = PolicyModel(model.float())(tokens, temperature)
+    assert values is None
     assert not entropy.requires_grad
-    assert torch.equal(logps, response_logps(model, tokens, temperature))
     assert torch.equal(entropy[~tokens.response_mask], torch.zeros(int((~tokens.response_mask).sum())))
     with torch.no_grad():
         for row, (prompt, response) in enumerate(sequences()):
@@ -234,3 +232,36 @@ def test_entropy_is_that_of_the_whole_distribution_at_each_response_token(
             table = torch.distributions.Categorical(logits=logits.double() / temperature).entropy()
             expected = table[len(prompt) - 1 : len(prompt) + len(response) - 1]
             torch.testing.assert_close(entropy[row, : len(response)].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_values_are_those_of_the_state_before_each_token(model: Qwen3ForCausalLM) -> None:
+    tokens = pad_rollouts(rollouts(), PAD)
+    policy = PolicyModel(model.double(), value_head=True)
+    assert policy.value_head is not None
+    assert not policy(tokens, 1.0).values.any()  # it starts at 0
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        values = policy(tokens, 1.0).values
+        for row, (prompt, response) in enumerate(sequences()):
+            ids = torch.tensor([prompt + response])
+            states = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            before = states[len(prompt) - 1 : len(prompt) + len(response) - 1]
+            expected = policy.value_head(before)[:, 0]
+            torch.testing.assert_close(values[row, : len(response)], expected, rtol=0, atol=1e-10)
+            assert not values[row, len(response) :].any()
+
+
+def test_a_model_whose_logits_are_made_in_another_way_is_refused(model: Qwen3ForCausalLM) -> None:
+    class Doubled(Qwen3ForCausalLM):  # type: ignore[misc]
+        def forward(self, **arguments: Any) -> Any:
+            output = super().forward(**arguments)
+            output.logits = output.logits * 2
+            return output
+
+    other = Doubled(model.config).float()
+    message = refusal(ConfigError, lambda: PolicyModel(other))
+    assert message.startswith(
+        "model class Doubled must make its logits by a linear layer, a scale (logit_scale, logits_scaling) and a cap "
+        "(final_logit_softcapping), one sequence per row; the largest difference is "
+    )
+    assert message.endswith("; choose another model")

@@ -217,6 +217,7 @@ BROKEN: list[tuple[Stage, str, list[Any], str]] = [
         ["correct", "wrong", "maybe"],
         "p4.0.2: verdict must be one of correct, wrong, failed, got 'maybe'",
     ),
+    (Stage.GENERATION, "v_star", [None, float("inf"), 0.5], "p4.0.1: v_star must be finite, got inf"),
     (Stage.GRADING, "reward", [1.0, float("nan"), 0.0], "p4.0.1: reward must be finite, got nan"),
     (Stage.GRADING, "reward", [1.0, 1.0, float("inf")], "p4.0.2: reward must be finite, got inf"),
     (Stage.GRADING, "reward", [None, 1.0, 1.0], "p4.0.0: reward must not be null, got None"),

@@ -17,8 +17,9 @@ from distrl.ledger import Ledger
 from distrl.models import TinyArchitecture, load_model, load_tokenizer, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
-from learners.checkpoint import TrainState, save_checkpoint
+from learners.checkpoint import CheckpointWriter, TrainState
 from learners.optimizer import OptimizerSettings, make_optimizer
+from learners.world import World
 from tests.builders import refusal
 from tests.deploy.commands import call
 
@@ -43,8 +44,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.step()
         version = ledger.allocate_version(version, step)
         path = run_dir.checkpoints / f"step-{step:06d}"
-        digest = save_checkpoint(path, model, optimizer, TrainState(step, version), tokenizer.save_pretrained)
-        ledger.commit_checkpoint(str(path), step=step, version=version, sha256=digest)
+        writer = CheckpointWriter(World(), tokenizer.save_pretrained)
+        writer.begin(path, model, model, optimizer, TrainState(step, version))
+        written = writer.finished(wait=True)
+        assert written is not None
+        ledger.commit_checkpoint(str(path), step=step, version=version, sha256=written.sha256)
     ledger.close()
     return run_dir.path
 
@@ -79,7 +83,7 @@ def test_from_pretrained_loads_the_last_checkpoint_s_weights_without_the_optimiz
     names = {path.name for path in target.iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "distrl.json"}
     assert names == {path.name for path in (run / "checkpoints" / "step-000060").iterdir()} - {
-        "optimizer.pt",
+        "training",
         "state.json",
     } | {"distrl.json"}
     assert {path.name for path in target.parent.iterdir()} == {"step-000060"}

@@ -3,15 +3,13 @@
 from random import Random
 
 import pyarrow as pa
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrl.errors import SchemaError
-from distrl.logps import PaddedTokens
+from distrl.errors import RunError, SchemaError
 from distrl.rollouts import join
-from learners.batches import micro_batches, training_batch
+from learners.batches import Budget, split, training_batch
 from tests.builders import generation_batch, grading_batch, reference_batch, refusal
 
 PAD = 0
@@ -49,6 +47,18 @@ def test_without_reference_columns_there_is_no_tensor_of_them() -> None:
     assert "ref_logps" not in training_batch(tickets(reference=False), PAD).tensors
 
 
+def test_values_are_a_tensor_where_every_rollout_has_one() -> None:
+    def valued(batch: pa.RecordBatch, value: float | None) -> pa.RecordBatch:
+        at = batch.schema.names.index("v_star")
+        column = pa.array([value] * batch.num_rows, type=pa.float64())
+        return batch.set_column(at, batch.schema.field(at), column)
+
+    some = tickets(reference=False)
+    with_values = [(valued(g, v), *rest) for (g, *rest), v in zip(some, (0.5, 0.25, 0.0), strict=True)]
+    assert training_batch(with_values, PAD).tensors["v_star"].tolist() == [0.5, 0.5, 0.25, 0.25, 0.0]
+    assert "v_star" not in training_batch([with_values[0], some[1]], PAD).tensors
+
+
 def test_a_token_that_is_not_learned_from_stays_in_the_sequence() -> None:
     generation, grading, reference = tickets()[0]
     at = generation.schema.names.index("loss_mask")
@@ -74,65 +84,75 @@ def test_a_ticket_without_its_grades_is_refused() -> None:
     )
 
 
-def shapes(groups: list[list[tuple[int, int]]]) -> tuple[PaddedTokens, torch.Tensor]:
-    """Tokens of given (prompt, response) lengths, and the rows' tickets."""
-    rows = [row for group in groups for row in group]
-    prompts, responses = (torch.tensor(lengths) for lengths in zip(*rows, strict=True))
-    mask = torch.arange(int(responses.max())) < responses[:, None]
-    ids = torch.zeros(len(rows), int(prompts.max() + responses.max()), dtype=torch.int64)
-    group = torch.tensor([ticket * 3 for ticket, group in enumerate(groups) for _ in group])
-    return PaddedTokens(ids, prompts, mask), group
+LENGTHS = st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=4), min_size=1, max_size=8)
 
 
-LENGTHS = st.tuples(st.integers(1, 12), st.integers(1, 12))
+def rows_of(groups: list[list[int]], rng: Random | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths and tickets of the rows, shuffled."""
+    rows = [(length, ticket * 3) for ticket, group in enumerate(groups) for length in group]
+    if rng is not None:
+        rng.shuffle(rows)  # type: ignore[attr-defined]
+    lengths, tickets = zip(*rows, strict=True)
+    return torch.tensor(lengths), torch.tensor(tickets)
+
+
+def cost(part: torch.Tensor, lengths: torch.Tensor, packed: bool) -> int:
+    if not len(part):
+        return 0
+    return int(lengths[part].sum()) if packed else len(part) * int(lengths[part].max())
 
 
 @given(
-    st.lists(st.lists(LENGTHS, min_size=1, max_size=4), min_size=1, max_size=8),
-    st.integers(1, 150),
-    st.randoms(use_true_random=False),
+    LENGTHS, st.integers(24, 150), st.integers(1, 4), st.booleans(), st.booleans(), st.randoms(use_true_random=False)
 )
-@settings(max_examples=150, deadline=None)
-def test_micro_batches_are_whole_groups_within_the_bound_and_hold_every_row_once(
-    groups: list[list[tuple[int, int]]], most_tokens: int, rng: Random
+@settings(max_examples=200, deadline=None)
+def test_every_row_is_in_one_micro_batch_within_the_budget_and_workers_pass_equally_often(
+    groups: list[list[int]], tokens: int, workers: int, packed: bool, whole: bool, rng: Random
 ) -> None:
-    tokens, group = shapes(groups)
-    order = list(range(len(group)))
-    rng.shuffle(order)  # type: ignore[attr-defined]
-    tokens, group = (
-        PaddedTokens(tokens.input_ids, tokens.prompt_lengths[order], tokens.response_mask[order]),
-        group[order],
+    lengths, tickets = rows_of(groups, rng)
+    budget = Budget(max(tokens, 24 * 4 if whole else 0), packed, whole)
+    shares = split(lengths, tickets, budget, workers)
+
+    assert len(shares) == workers
+    assert len({len(parts) for parts in shares}) == 1
+    parts = [part for share in shares for part in share]
+    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(lengths)))
+    assert all(cost(part, lengths, packed) <= budget.tokens for part in parts)
+    if whole:
+        where = [{int(tickets[row]) for row in part.tolist()} for part in parts]
+        assert sum(len(members) for members in where) == len(groups)
+    # Greedy: a worker that ends with more than another was behind before its last, which is at most the largest.
+    units = [sum(group) for group in groups] if whole else lengths.tolist()
+    loads = [int(sum(lengths[part].sum() for part in share)) for share in shares]
+    assert max(loads) - min(loads) <= max(units)
+    assert [[p.tolist() for p in s] for s in split(lengths, tickets, budget, workers)] == [
+        [p.tolist() for p in s] for s in shares
+    ]
+
+
+def test_rows_of_similar_length_go_together() -> None:
+    lengths, tickets = rows_of([[9, 1], [9, 1], [9, 1]])
+    assert [part.tolist() for part in split(lengths, tickets, Budget(27), 1)[0]] == [[1, 3, 5], [0, 2, 4]]
+
+
+def test_packed_rows_cost_their_own_tokens_only() -> None:
+    lengths, tickets = rows_of([[9, 1, 1]])
+    assert len(split(lengths, tickets, Budget(11, packed=True), 1)[0]) == 1
+    assert len(split(lengths, tickets, Budget(11), 1)[0]) == 2
+
+
+def test_a_response_over_the_budget_is_refused_with_ticket_tokens_and_limit() -> None:
+    lengths, tickets = rows_of([[3], [8]])
+    assert refusal(RunError, lambda: split(lengths, tickets, Budget(7), 2)) == (
+        "train.micro_batch_tokens must be at least the tokens of a response of ticket 3 with its prompt, 8, got 7; "
+        "raise it, or lower rollout.max_new_tokens or data.max_prompt_tokens"
     )
-    parts = micro_batches(tokens, group, most_tokens)
-
-    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(group)))
-    where = [{group[row].item() for row in part.tolist()} for part in parts]
-    assert sum(len(tickets) for tickets in where) == len(set(group.tolist()))
-    for part, members in zip(parts, where, strict=True):
-        padded = tokens.rows(part).input_ids.numel()  # what the forward pass will really see
-        assert padded <= most_tokens or len(members) == 1
 
 
-def test_groups_of_similar_length_go_together() -> None:
-    tokens, group = shapes([[(1, 9)] * 2, [(1, 1)] * 2, [(1, 9)] * 2, [(1, 1)] * 2])
-    assert [part.tolist() for part in micro_batches(tokens, group, 40)] == [[2, 3, 6, 7], [0, 1, 4, 5]]
-
-
-def test_as_much_goes_into_one_pass_as_the_bound_allows() -> None:
-    tokens, group = shapes([[(2, 3)] * 2] * 4)  # 10 padded tokens each
-    assert [len(part) for part in micro_batches(tokens, group, 20)] == [4, 4]
-    assert [len(part) for part in micro_batches(tokens, group, 19)] == [2, 2, 2, 2]
-    assert [len(part) for part in micro_batches(tokens, group, 40)] == [8]
-
-
-def test_prompts_and_responses_are_padded_apart() -> None:
-    """A long prompt with a short response next to the opposite costs the sum of the longest ones."""
-    tokens, group = shapes([[(10, 1)], [(1, 10)]])
-    assert len(micro_batches(tokens, group, 39)) == 2  # together 2 x (10 + 10)
-    assert len(micro_batches(tokens, group, 40)) == 1
-
-
-@pytest.mark.parametrize("most_tokens", [1, 5])
-def test_a_group_that_is_too_large_is_a_micro_batch_of_its_own(most_tokens: int) -> None:
-    tokens, group = shapes([[(3, 3)] * 3, [(1, 1)]])
-    assert [part.tolist() for part in micro_batches(tokens, group, most_tokens)] == [[3], [0, 1, 2]]
+def test_a_ticket_that_must_stay_whole_and_does_not_fit_is_refused() -> None:
+    lengths, tickets = rows_of([[3, 4]])
+    assert len(split(lengths, tickets, Budget(7), 1)[0]) == 2
+    assert refusal(RunError, lambda: split(lengths, tickets, Budget(7, whole_groups=True), 1)) == (
+        "train.micro_batch_tokens must be at least the tokens of the 2 responses of ticket 0, which the objective "
+        "compares, with its prompt, 8, got 7; raise it, or lower rollout.max_new_tokens or data.max_prompt_tokens"
+    )

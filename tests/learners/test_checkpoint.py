@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distrl.errors import RunError
 from distrl.models import load_model
-from learners.checkpoint import TrainState, checkpoint_sha256, load_checkpoint, save_checkpoint
+from learners.checkpoint import CheckpointWriter, TrainState, checkpoint_sha256, load_checkpoint
 from learners.optimizer import OptimizerSettings, make_optimizer
+from learners.world import World
 from tests.builders import refusal
 
 torch.set_num_threads(1)
@@ -58,6 +60,23 @@ def save_tokenizer(directory: Path) -> None:
     (directory / "tokenizer.json").write_text('{"tokens": 12}')
 
 
+def save_checkpoint(
+    directory: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    tokenizer: Callable[[Path], object],
+) -> str:
+    """Writes one and waits for it; its hash."""
+    writer = CheckpointWriter(World(), tokenizer)
+    writer.begin(directory, model, model, optimizer, state)
+    written = writer.finished(wait=True)
+    assert written is not None
+    assert (written.directory, written.state) == (directory, state)
+    assert writer.finished(wait=True) is None  # said once
+    return written.sha256
+
+
 def write(directory: Path, state: TrainState = STATE, tokenizer: Callable[[Path], object] = save_tokenizer) -> str:
     model, optimizer = trained(seed=0, steps=2)
     return save_checkpoint(directory, model, optimizer, state, tokenizer)
@@ -99,8 +118,9 @@ def test_the_hash_covers_every_file_s_name_and_bytes(tmp_path: Path) -> None:
     found = write(tmp_path / "step-7")
 
     digest = hashlib.sha256()
-    names = sorted(p.name for p in (tmp_path / "step-7").glob("*"))
-    assert {"config.json", "model.safetensors", "optimizer.pt", "state.json", "tokenizer.json"} <= set(names)
+    root = tmp_path / "step-7"
+    names = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.is_file()]
+    assert {"config.json", "model.safetensors", "state.json", "tokenizer.json", "training/.metadata"} <= set(names)
     for name in names:
         digest.update(name.encode() + b"\0" + hashlib.sha256((tmp_path / "step-7" / name).read_bytes()).digest())
     assert found == digest.hexdigest() == checkpoint_sha256(tmp_path / "step-7")
@@ -120,8 +140,9 @@ def test_a_crash_while_writing_leaves_no_directory_of_that_name_and_the_next_att
         (directory / "half.json").write_text("{")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left on device"):
-        write(tmp_path / "step-7", tokenizer=crash)
+    assert refusal(RunError, lambda: write(tmp_path / "step-7", tokenizer=crash)) == (
+        "checkpoint: cannot be written: OSError: [Errno 28] No space left on device"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["step-7.partial"]
 
     digest = write(tmp_path / "step-7")
@@ -140,15 +161,15 @@ def fresh() -> tuple[Any, torch.optim.Optimizer]:
     return model, make_optimizer(model, SETTINGS)
 
 
-def test_a_newer_format_is_refused_by_name_and_nothing_is_loaded(tmp_path: Path) -> None:
+def test_another_format_is_refused_by_name_and_nothing_is_loaded(tmp_path: Path) -> None:
     write(tmp_path / "step-7")
     path = tmp_path / "step-7" / "state.json"
-    path.write_text(json.dumps({"step": 7, "version": 9, "format": 2, "anchors": []}))
+    path.write_text(json.dumps({"step": 7, "version": 9, "format": 3, "anchors": []}))
     model, optimizer = fresh()
     before = snapshot(model, optimizer)
 
     assert refusal(RunError, lambda: load_checkpoint(tmp_path / "step-7", model, optimizer)) == (
-        f"checkpoint {tmp_path / 'step-7'}: format must be at most 1, got 2; use the distrl that wrote it"
+        f"checkpoint {tmp_path / 'step-7'}: format must be 2, got 3; use the distrl that wrote it"
     )
     after = snapshot(model, optimizer)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -163,7 +184,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name", ["training/.metadata"])
 def test_a_checkpoint_that_lost_a_file_is_refused_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
     write(tmp_path / "step-7")
     (tmp_path / "step-7" / name).unlink()
@@ -175,3 +196,36 @@ def test_a_checkpoint_that_lost_a_file_is_refused_before_anything_is_loaded(tmp_
     )
     after = snapshot(model, optimizer)
     assert all(torch.equal(after[k], value) for k, value in before.items())
+
+
+def test_what_is_written_is_what_stood_when_it_began(tmp_path: Path) -> None:
+    """Training goes on while the thread writes, here until the gate opens."""
+    model, optimizer = trained(seed=0, steps=2)
+    expected = snapshot(model, optimizer)
+    gate = Event()
+
+    def save(directory: Path) -> None:
+        assert gate.wait(20)
+        save_tokenizer(directory)
+
+    writer = CheckpointWriter(World(), save)
+    writer.begin(tmp_path / "step-7", model, model, optimizer, STATE)
+    assert writer.finished() is None
+    train(model, optimizer, 3)
+    gate.set()
+    assert writer.finished(wait=True) is not None
+    other, its_optimizer = fresh()
+    load_checkpoint(tmp_path / "step-7", other, its_optimizer)
+    found = snapshot(other, its_optimizer)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    exported = load_model(tmp_path / "step-7", torch.float32).state_dict()
+    assert all(torch.equal(exported[name], expected[name]) for name in exported)
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "step-7")
+    other = torch.nn.Linear(3, 2)
+    message = refusal(RunError, lambda: load_checkpoint(tmp_path / "step-7", other, make_optimizer(other, SETTINGS)))
+    assert message.startswith(
+        f"checkpoint {tmp_path / 'step-7'}: the training state must be that of the model and the settings of the run: "
+    )

@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from distrl.errors import RunError
+from distrl.policy_model import PolicyModel
 from distrl.sampling import UpdateMode
 from distrl.schema import Stage, record_batch
 from distrl.weights import copy_policy, policy_tensors
@@ -24,7 +25,7 @@ RESPONSE = [3, 9, 2, 14, 8]
 def check(
     model: Qwen3ForCausalLM, *, mode: UpdateMode = "keep", rollouts: int = 8, max_staleness: int = 2
 ) -> LogpCheck:
-    return LogpCheck(model, LogpCheckSettings(rollouts, 0.1, max_staleness, mode, temperature=1.0))
+    return LogpCheck(PolicyModel(model), LogpCheckSettings(rollouts, 0.1, max_staleness, mode, temperature=1.0))
 
 
 def logps(model: Qwen3ForCausalLM) -> list[float]:

@@ -1,12 +1,15 @@
 """AdamW as the recipes use it, against its formula in plain float64 arithmetic."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
+from distrl.errors import ConfigError
+from learners.optimizer import OptimizerSettings, check_schedule, clip_gradient, learning_rate, make_optimizer
+from tests.builders import refusal
 
 SETTINGS = OptimizerSettings(learning_rate=0.1, warmup_steps=4, weight_decay=0.3, betas=(0.8, 0.9), max_grad_norm=1.0)
 
@@ -84,3 +87,32 @@ def test_a_norm_that_is_not_finite_is_returned() -> None:
     model = Model()
     model.gain.grad = torch.tensor([float("nan")], dtype=torch.float64)
     assert math.isnan(clip_gradient(model, 1.0))
+
+
+def schedule(name: str, warmup: int = 0, steps: int = 9, **options: float) -> list[float]:
+    """Rates of all steps, as parts of the full one."""
+    settings = replace(SETTINGS, schedule=name, warmup_steps=warmup, steps=steps, schedule_options=options)
+    check_schedule(settings)
+    return [learning_rate(settings, step) / SETTINGS.learning_rate for step in range(1, steps + 1)]
+
+
+def test_schedules_are_those_of_their_usual_names() -> None:
+    assert schedule("constant") == [1.0] * 9
+    assert schedule("constant_with_warmup", 4) == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 6)
+    # Down to 0 after the last step, so that the last one still learns.
+    assert schedule("linear") == pytest.approx([(10 - step) / 10 for step in range(1, 10)])
+    assert schedule("cosine") == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(1, 10)])
+    floor = schedule("cosine_with_min_lr", min_lr_rate=0.5)
+    assert floor == pytest.approx([0.5 + 0.5 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(1, 10)])
+    assert schedule("inverse_sqrt", 4)[-1] == pytest.approx(1 / math.sqrt((9 + 0) / 4))
+
+
+def test_options_that_a_schedule_does_not_know_are_refused() -> None:
+    message = refusal(ConfigError, lambda: schedule("cosine", speed=2.0))
+    assert message.startswith(
+        "train.lr_schedule_options must be the options of train.lr_schedule cosine, got {'speed': 2.0}: "
+    )
+    assert message.endswith("; see transformers.get_scheduler")
+    assert refusal(ConfigError, lambda: schedule("constant", 3)) == (
+        "train.lr_warmup_steps must be 0 for train.lr_schedule constant, got 3; use constant_with_warmup"
+    )

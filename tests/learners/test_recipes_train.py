@@ -12,18 +12,21 @@ import torch
 
 from actors.engines.transformers import TransformersEngine
 from deploy.check import PRODUCED
-from distrl.logps import pad_rollouts, response_logps, split_rows
+from distrl.logps import pad_rollouts, split_rows
 from distrl.manifest import cut, lay_out, unpack
 from distrl.messages import Manifest, StepReport
 from distrl.models import TinyArchitecture, load_model, load_tokenizer, make_tiny_model
 from distrl.objectives import build, recipe_names
+from distrl.policy_model import response_logps
 from distrl.sampling import Sample, SampleRequest, SamplingParams
 from distrl.schema import Stage, record_batch
 from distrl.tokenizer import character_tokenizer
 from learners.checkpoint import TrainState
 from learners.logp_check import LogpCheckSettings
-from learners.loop import LoopSettings, Stages, Trainer, World, train
+from learners.loop import train
 from learners.optimizer import OptimizerSettings
+from learners.trainer import LoopSettings, Stages, Trainer
+from learners.world import World
 from tests.builders import generation_columns, grading_columns
 
 STEPS = 20
@@ -145,9 +148,7 @@ def test_the_recipes_that_wait_for_columns_are_known() -> None:
     """A recipe that becomes trainable, or no longer is, is noticed."""
     assert set(recipe_names()) - set(READY) == {
         "a_star_po",
-        "decoupled_ppo",
         "nash_md",
         "nash_mp",
         "online_ipo",
-        "ppo",
     }

@@ -54,6 +54,23 @@ def test_off_policy_the_exact_ratio_keeps_that_gradient_for_any_value(steps: int
     close(gradient(output.loss, logits), -2 * beta * gradient(objective, logits))
 
 
+def test_a_truncated_ratio_is_the_exact_one_below_its_bound() -> None:
+    """Weight 1 where pi / mu >= 1 = max_ratio, the ratio itself elsewhere; by the definition of the loss."""
+    logits, behavior, reference = (parameters(4, 1, seed=seed) for seed in (1, 2, 3))
+    rewards, beta = random(4, seed=4), 0.4
+    tensors = responses(logits, 1, behavior_logps=behavior, ref_logps=reference)
+    tensors |= {"rewards": rewards, "v_star": torch.zeros(4).double()}
+    mu = sequence_logps(behavior, 1).exp()
+    output = expected(build("a_star_po", beta=beta, importance="truncated", max_ratio=1.0), tensors, mu)
+    log_pi = sequence_logps(logits, 1)
+    ratio = (log_pi.exp() / mu).detach()
+    assert bool((ratio > 1).any())
+    assert bool((ratio < 1).any())
+    residual = beta * (log_pi - sequence_logps(reference, 1)) - rewards
+    loss = (mu * ratio.clamp(max=1.0) * residual.square()).sum()
+    close(gradient(output.loss, logits), gradient(loss, logits))
+
+
 def at_the_optimum(shift: float, importance: str) -> tuple[Tensor, Tensor]:
     """Loss and gradient at pi* under another sampler, with the value wrong by `shift`."""
     reference, behavior = parameters(4, 1, seed=5).detach().log_softmax(1), parameters(4, 1, seed=6)

@@ -170,6 +170,37 @@ class StopAfter(Silent):
             self._stop.touch()
 
 
+@pytest.mark.parametrize("train", [{"parallel": "fsdp", "activation_checkpointing": True, "layout": "packed"}])
+def test_two_learner_workers_with_shards_train_with_a_value_head(
+    running_ray: None, model: Path, tmp_path: Path, train: dict[str, Any]
+) -> None:
+    more = {f"train.{key}": value for key, value in train.items()} | {
+        "objective.recipe": "ppo",
+        "train.workers": 2,
+        "train.steps": 3,
+        "train.checkpoint_every_steps": 2,
+        "train.lr_schedule": "cosine",
+        "evaluation.every_steps": 0,
+    }
+    settings = config(model, tmp_path, "sharded", **more)
+    summary = run_training(settings)
+    assert summary["state"] == "finished"
+    run = settings.run_dir
+    assert query(run, "SELECT state, COUNT(*) FROM tickets GROUP BY state") == [("committed", 18)]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["metrics"] for r in records if r["kind"] == "step"]
+    assert steps[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert all("loss_value" in step for step in steps)
+    rates = [step["learning_rate"] for step in steps]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0
+    exported = export(run, "last", tmp_path / "exported")
+    assert exported["step"] == 3
+    tensors = policy_tensors(load_model(tmp_path / "exported", torch.float32))
+    manifest = describe(tensors, version=3, step=3)
+    assert query(run, "SELECT manifest_sha256 FROM versions ORDER BY version DESC LIMIT 1") == [(manifest.sha256,)]
+
+
 def test_a_learner_that_cannot_load_the_model_ends_the_run_with_its_cause(
     running_ray: None, model: Path, tmp_path: Path
 ) -> None:

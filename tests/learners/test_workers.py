@@ -1,0 +1,120 @@
+"""One worker, several, copies or shards, resumed by more or fewer: the same tickets give the same weights."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learners.world import World
+from tests.learners.workers import STEPS, Case, FixedLink, run, spawn
+
+CASES = {
+    "ddp": Case(),
+    "fsdp": Case(parallel="fsdp"),
+    "fsdp, packed, blocks computed again": Case(parallel="fsdp", layout="packed", activation_checkpointing=True),
+    "ddp, more micro-batches": Case(micro_batch_tokens=17),
+    "ddp, float32": Case(dtype=torch.float32),
+    "fsdp, float32": Case(parallel="fsdp", dtype=torch.float32),
+}
+HALF = STEPS // 2
+
+
+def outcome(link: FixedLink) -> dict[str, Any]:
+    return {
+        "metrics": [dict(report.metrics) for report in link.reports],
+        "weights": link.weights,
+        "checkpoints": [str(path) for path in link.checkpoints],
+    }
+
+
+def in_two_workers(world: World, folder: Path) -> None:
+    """Everything that needs two processes, one after the other in the same two: starting them takes seconds."""
+    found: dict[str, Any] = {}
+
+    def keep(name: str, link: FixedLink) -> None:
+        if world.first:
+            found[name] = outcome(link)
+
+    for name, case in CASES.items():
+        keep(name, run(case, folder / name, world))
+    for parallel in ("ddp", "fsdp"):
+        case = Case(parallel=parallel)
+        keep(f"1 to 2 {parallel}", run(case, folder / "later", world, folder / "one" / f"step-{HALF:06d}"))
+        keep(f"half {parallel}", run(replace(case, steps=HALF), folder / parallel, world))
+        once = Case(recipe="topr", parallel=parallel, max_grad_norm=1e9, micro_batch_tokens=10_000)
+        keep(f"once {parallel}", run(once, folder / "once", world))
+    if world.first:
+        torch.save(found, folder / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("workers")
+    run(Case(steps=HALF), made / "one")
+    spawn(in_two_workers, 2, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return outcome(run(Case(), folder / "alone"))
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], atol: float, steps: slice = slice(None)) -> None:
+    assert len(found["metrics"]) == len(expected["metrics"][steps]) > 0
+    for a, b in zip(found["metrics"], expected["metrics"][steps], strict=True):
+        assert a == pytest.approx(b, abs=atol, rel=atol)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name].double(), value.double(), rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "float32" not in name])
+def test_two_workers_train_like_one_however_they_share_the_model_and_its_sequences(
+    name: str, found: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    assert_same(found[name], alone, 1e-10)
+    losses = [m["loss"] for m in alone["metrics"]]
+    assert len(set(losses)) == STEPS  # the weights move
+
+
+@pytest.mark.parametrize("name", ["ddp, float32", "fsdp, float32"])
+def test_in_float32_they_agree_within_its_noise(name: str, found: dict[str, Any], alone: dict[str, Any]) -> None:
+    for a, b in zip(found[name]["metrics"], alone["metrics"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layout": "packed"}, {"micro_batch_tokens": 16}, {"activation_checkpointing": True}]
+)
+def test_layout_and_micro_batches_change_nothing(change: dict[str, Any], alone: dict[str, Any], tmp_path: Path) -> None:
+    assert_same(outcome(run(replace(Case(), **change), tmp_path)), alone, 1e-10)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_one_worker_is_resumed_by_two(parallel: str, found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert_same(found[f"1 to 2 {parallel}"], alone, 1e-10, slice(HALF, None))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_workers_is_resumed_by_one(
+    parallel: str, found: dict[str, Any], alone: dict[str, Any], folder: Path
+) -> None:
+    (checkpoint,) = found[f"half {parallel}"]["checkpoints"]
+    assert_same(outcome(run(Case(), folder / "again", resume=Path(checkpoint))), alone, 1e-10, slice(HALF, None))
+
+
+def test_copies_and_shards_add_up_gradients_in_the_same_order_and_agree_bit_by_bit(found: dict[str, Any]) -> None:
+    """Two summands commute, and nothing is clipped: the norm is added up in another order."""
+    copies, shards = found["once ddp"], found["once fsdp"]
+    assert [m["loss"] for m in copies["metrics"]] == [m["loss"] for m in shards["metrics"]]
+    for name, value in copies["weights"].items():
+        assert torch.equal(shards["weights"][name], value), name
