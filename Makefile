@@ -61,6 +61,8 @@ simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, mi
 
 bench: $(READY) ## Benchmarks; JSON lines
 	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
+	@$(BIN)/python -m benchmarks.generation
+	@$(BIN)/python -m benchmarks.weight_sync
 
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study

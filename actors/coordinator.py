@@ -17,6 +17,7 @@ from actors.flights import Flights
 from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Member
 from actors.recorder import Recorder
+from actors.turns import Turns
 from actors.updates import UpdateLimits, Updates
 from actors.waits import Stopwatch, WaitReport, blame
 from distrl.errors import DistrlError, LedgerError, RunError
@@ -43,6 +44,8 @@ class CoordinatorSettings:
     drops_in_a_row: int
     evaluate_every_steps: int
     keep_checkpoints: int
+    turns: bool = False
+    """Whether generation and learner take turns on one device; only with a staleness bound of 0."""
     opponents: bool = False
     """Whether something is sampled from weights that are published for opponents."""
 
@@ -113,6 +116,11 @@ class Coordinator:
         self._waits = WaitReport()
         self._learner_waits_since: float | None = None
         self._recovered = asyncio.Event()
+        self._turns = (
+            Turns([pipeline.generation, *pipeline.own_pools.values()], settings.updates.sync_timeout_s)
+            if settings.turns
+            else None
+        )
         self.done = asyncio.Event()
         pipeline.generation.on_change(self._issue)
         pipeline.on_failure = self._count_failure
@@ -122,15 +130,16 @@ class Coordinator:
     async def start(self) -> None:
         """Begins to issue tickets, beside the first evaluation."""
         pipeline = self._pipeline
+        awake = None if self._turns is None else self._turns.awake
         for member in pipeline.generation.members:
-            self._spawn(self._updates.follow(pipeline.generation, member, self._may_load))
+            self._spawn(self._updates.follow(pipeline.generation, member, self._may_load, awake))
         if (apart := pipeline.own_pools.get(Role.EVALUATION)) is not None:
             for member in apart.members:
-                self._spawn(self._updates.follow(apart, member, self._evaluator.may_load))
+                self._spawn(self._updates.follow(apart, member, self._evaluator.may_load, awake))
         if self._settings.opponents:
             pool = pipeline.pool_of(Role.OPPONENT)
             for member in pool.members:
-                self._spawn(self._opponents.follow(pool, member, self._may_load))
+                self._spawn(self._opponents.follow(pool, member, self._may_load, awake))
         self._spawn(self._go_on() if self._resumed else self._begin())
 
     async def _go_on(self) -> None:
@@ -348,6 +357,8 @@ class Coordinator:
         if step != self._step + 1:
             raise RunError(f"the learner must ask for step {self._step + 1} next, got {step}")
         began = self._learner_waits_since = self._clock()
+        if self._turns is not None:
+            await self._turns.to_generation()  # a learner that asks has given its memory back
         async with self._changed:
             while not (batch := self._flights.choose(self._step)) and not self._stopping:
                 self.check()
@@ -364,6 +375,8 @@ class Coordinator:
         now = self._clock()
         self._waits.add(blame((began, now), last.timeline))
         self._ledger.record_wait(last.ticket.ticket_id, step, now - began)
+        if self._turns is not None:
+            await self._turns.to_learner()
         self._step = step
         tickets = [self._grant(flight) for flight in batch]
         self._issue()
@@ -446,6 +459,8 @@ class Coordinator:
     async def commit_checkpoint(self, path: str, step: int, version: int, sha256: str) -> None:
         """A checkpoint is complete on disk: its tickets are committed with it."""
         tickets = self._ledger.commit_checkpoint(path, step=step, version=version, sha256=sha256)
+        if self._turns is not None and step == self._settings.steps:
+            await self._turns.to_generation()  # for the last evaluation; the learner has nothing left to do
         self._recorder.event("checkpoint", f"step {step}, {tickets} tickets committed: {path}")
         # The ledger gives a checkpoint up before its files go: a crash between the two leaves files, not a gap.
         for old in self._ledger.remove_checkpoints(self._settings.keep_checkpoints):

@@ -12,7 +12,7 @@ from actors.episodes import Episodes, Trajectory, single_turn
 from distrl.errors import PolicyError, StageError
 from distrl.manifest import unpack
 from distrl.messages import Chunk, Content, GenerationReceipt, Layout, LoadReceipt, Manifest
-from distrl.sampling import Engine, LoadReport, SampleRequest, SamplingParams
+from distrl.sampling import Engine, LoadReport, SampleRequest, SamplingParams, Sleeper
 from distrl.schema import Stage, record_batch
 from distrl.tasks.problem import Message, Problem
 from distrl.tickets import POLICY_WEIGHTS, Ticket, weights_of
@@ -196,6 +196,30 @@ class Generation:
         except BaseException:
             self._have[weights] = {}  # how far the engine got is not known: the next pull is of everything
             raise
+
+    @ray.method
+    async def sleep(self) -> None:
+        """Gives the device's memory back, once a pull under way has ended.
+
+        Raises:
+            StageError: an engine cannot, or has requests in flight.
+        """
+        async with self._loading:
+            for weights, engine in self._engines.items():
+                if not isinstance(engine, Sleeper):
+                    raise StageError(
+                        f"{self._name} must have engines that can sleep, {type(engine).__name__} cannot; "
+                        "set placement.mode to another one than turns"
+                    )
+                await engine.sleep()
+                self._have[weights] = {}  # weights may not outlive the sleep
+
+    @ray.method
+    async def wake(self) -> None:
+        """Takes the memory again; the next pull is of everything."""
+        for engine in self._engines.values():
+            if isinstance(engine, Sleeper):
+                await engine.wake()
 
     @ray.method
     async def close(self) -> None:

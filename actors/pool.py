@@ -41,6 +41,7 @@ class Pool:
         self.members: list[Member] = []
         self.busy = 0
         """Places taken at all members together."""
+        self._closed = False
         self._changed = asyncio.Condition()
         self._listeners: list[Callable[[], None]] = []
 
@@ -55,6 +56,8 @@ class Pool:
 
     def take(self, places: int = 1, fits: Callable[[Member], bool] = anybody) -> Member | None:
         """Takes places at the least busy member that fits and has them free, or None."""
+        if self._closed:
+            return None
         free = [m for m in self.members if m.busy + places <= m.capacity and fits(m)]
         if not free:
             return None
@@ -69,6 +72,18 @@ class Pool:
             while (member := self.take(places, fits)) is None:
                 await self._changed.wait()
             return member
+
+    async def close(self) -> None:
+        """Gives no more places, and returns when all are free."""
+        self._closed = True
+        async with self._changed:
+            while self.busy:
+                await self._changed.wait()
+
+    async def open(self) -> None:
+        """Gives places again."""
+        self._closed = False
+        await self.changed()
 
     async def wait_all(self, fits: Callable[[Member], bool]) -> None:
         """Returns when every member fits."""

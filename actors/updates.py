@@ -102,21 +102,23 @@ class Updates:
 
     # The actors' side -------------------------------------------------------------------------------------------
 
-    async def follow(self, pool: Pool, member: Member, may_load: asyncio.Event) -> None:
+    async def follow(self, pool: Pool, member: Member, *may_load: asyncio.Event | None) -> None:
         """Keeps one generation actor at the newest version; a pull that fails is made again, with a bound.
 
         Args:
-            may_load: no pull begins while it is not set.
+            may_load: no pull begins while one of these is not set.
         Raises:
             DeadlineError: too many pulls failed in a row; names the actor, the version and the last cause.
         """
         failures = 0
+        gates = [gate for gate in may_load if gate is not None]
         while True:
-            await may_load.wait()
+            for gate in gates:
+                await gate.wait()
             async with self._changed:
                 while self._held(member) == self.published.version:
                     await self._changed.wait()
-            if not may_load.is_set():
+            if not all(gate.is_set() for gate in gates):
                 continue
             target = self.published
             try:

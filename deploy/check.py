@@ -11,6 +11,7 @@ from distrl.graders.build import Graders, chosen_graders, describe, lowest_rewar
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
+from distrl.placement import Claim, check_shares
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
@@ -98,6 +99,7 @@ def check_run(config: Config) -> RunPlan:
     # Values are sampled before the run, by distrl vstar and the same config.
     before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
     _check_actors(config, samples | before)
+    check_placement(config, samples)
     return RunPlan(
         graders,
         scores_reference,
@@ -148,6 +150,52 @@ def own_actors(config: Config) -> dict[Role, int]:
         Role.REFERENCE: g.reference_actors,
         Role.OPPONENT: g.opponent_actors,
     }
+
+
+def generation_actors(config: Config, samples: frozenset[Role]) -> dict[Role, int]:
+    """Generation actors by the role whose they are; those of the policy also sample for roles without any."""
+    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
+    return {role: counts[role] for role in weights_by_role(config, samples)}
+
+
+def check_placement(config: Config, samples: frozenset[Role]) -> None:
+    """Refuse what no cluster could run; whether a certain one can, is known when it is there.
+
+    Raises:
+        ConfigError: names the key, and the shortfall where it is one.
+    """
+    p = config.placement
+    if p.mode == "cpu":
+        return
+    if config.generation.engine == "transformers":
+        raise ConfigError(
+            f"placement.mode must be cpu for generation.engine transformers, which runs on the CPU, got {p.mode}; "
+            "leave it out, or take another engine"
+        )
+    if p.mode == "turns" and config.train.max_staleness != 0:
+        raise ConfigError(
+            f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
+            "and learner never work at the same time there, and an asynchronous run needs that they do"
+        )
+    if p.mode != "separate" and config.train.device == "cuda":
+        raise ConfigError(
+            f"train.device must be cpu for placement.mode {p.mode}, got cuda; the learner takes a whole GPU and does "
+            "not share it: set placement.mode=separate"
+        )
+    for key in ("gpu_memory_utilization", "enable_sleep_mode"):
+        if p.mode != "separate" and key in config.generation.engine_args:
+            raise ConfigError(
+                f"generation.engine_args.{key} must not be set for placement.mode {p.mode}, which sets it, got "
+                f"{config.generation.engine_args[key]!r}; set placement.generation_share instead"
+            )
+    if p.mode != "separate" and config.generation.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"generation.tensor_parallel_size must be 1 for placement.mode {p.mode}, where there is one GPU, got "
+            f"{config.generation.tensor_parallel_size}; set placement.mode=separate"
+        )
+    actors = sum(generation_actors(config, samples).values())
+    if p.mode == "shared":
+        check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
 
 
 def weights_by_role(config: Config, samples: frozenset[Role]) -> dict[Role, tuple[str, ...]]:
@@ -255,6 +303,17 @@ def check_heldout(config: Config, task: Task) -> None:
         )
 
 
+def _places(config: Config, plan: RunPlan) -> list[str]:
+    """The run's GPUs in words; no line for a CPU run."""
+    p, actors = config.placement, sum(generation_actors(config, plan.samples).values())
+    how = {
+        "separate": f"{config.generation.tensor_parallel_size} GPU(s) for each of {actors} generation actor(s)",
+        "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
+        "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
+    }
+    return [] if p.mode == "cpu" else [f"places    {how[p.mode]}"]
+
+
 def explain(config: Config, plan: RunPlan) -> list[str]:
     """The run in words, one line per part."""
     c = config
@@ -300,6 +359,7 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
             if c.evaluation.every_steps
             else ""
         ),
+        *_places(c, plan),
         f"keeps     {c.run_dir}",
     ]
 

@@ -10,6 +10,7 @@ from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint
 from deploy.interrupt import stop_on_interrupt
 from deploy.learner import RayTrainGroup
+from deploy.placement import reserve
 from deploy.progress import Progress, Silent
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
 from deploy.run_state import RunState, claim, read_state, release
@@ -98,7 +99,8 @@ def _run_actors(
 ) -> dict[str, Any]:
     """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
-    handles = start_actors(config, run_dir, plan)
+    reservation = reserve(config, plan)
+    handles = start_actors(config, run_dir, plan, reservation)
     group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store, checkpoint)
     group.start()
     try:
@@ -112,6 +114,7 @@ def _run_actors(
         group.stop(timeout_s=STOP_S)
         for handle in handles.all():
             ray.kill(handle)
+        reservation.release()
 
 
 def _watch(

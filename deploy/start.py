@@ -8,8 +8,9 @@ from typing import Any
 
 import ray
 
-from deploy.check import RunPlan, own_actors, weights_by_role
+from deploy.check import RunPlan, generation_actors, weights_by_role
 from deploy.learner import RESOURCE, train_environment
+from deploy.placement import Reservation
 from deploy.remote.coordinator import GENERATION_STAGES, CoordinatorActor
 from deploy.remote.environment import EnvironmentActor
 from deploy.remote.generation import GenerationActor
@@ -20,7 +21,6 @@ from deploy.remote.reference import ReferenceActor
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.errors import DeadlineError, RunError
-from distrl.schema import Role
 
 
 @dataclass(slots=True)
@@ -35,8 +35,12 @@ class Handles:
         return [self.coordinator, self.store, *(h for members in self.stages.values() for h in members)]
 
 
-def start_ray() -> bool:
-    """Starts a local Ray unless this process is connected already; returns whether it did."""
+def start_ray(pretend_gpus: int | None = None) -> bool:
+    """Starts a local Ray unless this process is connected already; returns whether it did.
+
+    Args:
+        pretend_gpus: GPUs that Ray shall count, whatever is there; for tests of the scheduling.
+    """
     train_environment()
     if ray.is_initialized():
         return False
@@ -47,6 +51,7 @@ def start_ray() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=False,
+        num_gpus=pretend_gpus,
         # Only for learners, which do not count CPUs; as many as anybody may ask for.
         resources={RESOURCE: 1024},
         namespace="distrl",
@@ -59,11 +64,11 @@ def log_directory() -> str:
     return "(Ray is not running)" if node is None else str(node.get_logs_dir_path())
 
 
-def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
+def start_actors(config: Config, run_dir: RunDir, plan: RunPlan, reservation: Reservation) -> Handles:
     """Creates all actors of a run at once; their constructors run in their own processes."""
 
-    def create(actor: type, count: int, *arguments: Any, max_restarts: int = 0) -> list[Any]:
-        made: Any = ray.remote(actor).options(num_cpus=0, max_restarts=max_restarts, max_task_retries=0)
+    def create(actor: type, count: int, *arguments: Any, max_restarts: int = 0, **options: Any) -> list[Any]:
+        made: Any = ray.remote(actor).options(num_cpus=0, max_restarts=max_restarts, max_task_retries=0, **options)
         return [made.remote(*arguments) for _ in range(count)]
 
     handles = Handles()
@@ -75,11 +80,12 @@ def start_actors(config: Config, run_dir: RunDir, plan: RunPlan) -> Handles:
         actors = config.environment.actors
         environments = create(EnvironmentActor, actors, config, os.getcwd(), max_restarts=-1)
         handles.stages["environment"] = environments
-    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
+    counts = generation_actors(config, plan.samples)
     for role, weights in weights_by_role(config, plan.samples).items():
         stage = GENERATION_STAGES[role]
+        options = reservation.options(stage)
         handles.stages[stage] = [
-            create(GenerationActor, 1, config, f"{stage}-{i}", handles.store, weights, environments)[0]
+            create(GenerationActor, 1, config, f"{stage}-{i}", handles.store, weights, environments, **options)[0]
             for i in range(counts[role])
         ]
     handles.stages["grading"] = create(GradingActor, config.grading.actors, config, plan.graders, os.getcwd())

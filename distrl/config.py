@@ -107,6 +107,17 @@ class GenerationConfig(_Section):
     """Seconds a ticket may take to be sampled before the call counts as failed."""
 
 
+class PlacementConfig(_Section):
+    """Which processes get GPUs, and how they share one."""
+
+    mode: Literal["cpu", "separate", "shared", "turns"] = "cpu"
+    """`cpu`: none gets one. `separate`: each has its own, a generation actor as many as it has parallel processes.
+    `shared`: side by side on one GPU, each with a share of its memory. `turns`: on one GPU, and generation gives its
+    memory back while the learner trains."""
+    generation_share: float = Field(0.5, gt=0, le=1)
+    """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
+
+
 class GradingConfig(_Section):
     """The actors that grade."""
 
@@ -289,6 +300,7 @@ class Config(_Section):
     environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
+    placement: PlacementConfig = PlacementConfig()
     grading: GradingConfig = GradingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor  # the config imports this module, and the CLI must start without torch
@@ -61,6 +61,23 @@ class LoadReport:
     """Seconds in which no token was sampled."""
     sequences_in_flight: int
     """Responses that go on under the new weights."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that can give its device's memory back for a while."""
+
+    async def sleep(self) -> None:
+        """Give back the memory of weights and cache; nothing may be in flight, and nothing is sampled until `wake`.
+
+        Raises:
+            StageError: requests are in flight; nothing has changed.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Take the memory again. Which weights the engine holds then is not said: load some before sampling."""
+        ...
 
 
 class Engine(Protocol):

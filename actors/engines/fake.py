@@ -47,6 +47,7 @@ class FakeEngine:
         self._policy = policy
         self._in_flight = 0
         self._closed = False
+        self.asleep = False
         self.requests: list[SampleRequest] = []
         """Every request that was let in, in order."""
         self.loads: list[int] = []
@@ -70,7 +71,7 @@ class FakeEngine:
             StageError: the request breaks a rule, or the engine is closed (also when it closes meanwhile).
         """
         check_request(request, vocabulary_size=self._vocabulary_size, context_length=self._context_length)
-        self._refuse_if_closed()
+        self._refuse_if_closed_or_asleep()
         self.requests.append(request)
         first_version = self._version
         self._in_flight += request.responses
@@ -79,7 +80,7 @@ class FakeEngine:
                 await self._gate(request)
         finally:
             self._in_flight -= request.responses
-        self._refuse_if_closed()
+        self._refuse_if_closed_or_asleep()
         error = self._fail(request) if self._fail is not None else None
         if error is not None:
             raise error
@@ -117,15 +118,31 @@ class FakeEngine:
         """
         if self._policy is not None:
             check_policy(version, self._policy, tensors, changed_only=changed_only)
-        self._refuse_if_closed()
+        self._refuse_if_closed_or_asleep()
         check_newer(version, self._version)
         self._version = version
         self.loads.append(version)
         return LoadReport(version, 0.0, self._in_flight)
 
+    async def sleep(self) -> None:
+        """
+        Raises:
+            StageError: requests are in flight.
+        """
+        if self._in_flight:
+            raise StageError(
+                f"generation engine: must have no response in flight to sleep, has {self._in_flight}; wait for them"
+            )
+        self.asleep = True
+
+    async def wake(self) -> None:
+        self.asleep = False
+
     async def close(self) -> None:
         self._closed = True
 
-    def _refuse_if_closed(self) -> None:
+    def _refuse_if_closed_or_asleep(self) -> None:
         if self._closed:
             raise StageError("generation engine: closed; start another one")
+        if self.asleep:
+            raise StageError("generation engine: asleep; wake it first")

@@ -277,6 +277,23 @@ class VllmEngine:
         self._withdrawn |= unfinished
         await self._llm.abort(unfinished, internal=True)
 
+    async def sleep(self) -> None:
+        """Give back the device's memory: the weights go to the host's, the cache is dropped. Needs a GPU and vLLM's
+        `enable_sleep_mode`.
+
+        Raises:
+            StageError: responses are in flight.
+        """
+        if self._in_vllm:
+            raise StageError(
+                f"generation engine: must have no response in flight to sleep, has {len(self._in_vllm)}; wait for them"
+            )
+        await self._llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Take the memory again, with the weights from before the sleep."""
+        await self._llm.wake_up()
+
     async def close(self) -> None:
         """End vLLM's processes; calls in flight raise StageError. May be called again."""
         if self._failure != _CLOSED:

@@ -33,7 +33,7 @@ class GenerationActor(Generation):
     ) -> None:
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
-        engines = {one: build_engine(starting_from(config, one), tokenizer) for one in weights}
+        engines = {one: build_engine(engine_config(config, one), tokenizer) for one in weights}
         text = ModelText(tokenizer, config.environment.role)
         callers = [RayCaller(f"environment-{i}", handle) for i, handle in enumerate(environments)]
         episodes = Episodes(callers, text, episode_limits(config)) if callers else None
@@ -47,11 +47,18 @@ def episode_limits(config: Config) -> EpisodeLimits:
     return EpisodeLimits(e.max_turns, e.max_turn_tokens, e.timeout_s)
 
 
-def starting_from(config: Config, weights: str) -> Config:
-    """The config with the directory in `model.path` that an engine for these weights starts from."""
-    if weights != "reference" or config.reference.path is None:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": config.reference.path})})
+def engine_config(config: Config, weights: str) -> Config:
+    """The config for the engine of these weights: the directory that it starts from, and its part of the device."""
+    changes: dict[str, Any] = {}
+    if weights == "reference" and config.reference.path is not None:
+        changes["model"] = config.model.model_copy(update={"path": config.reference.path})
+    if config.generation.engine == "vllm" and config.placement.mode in ("shared", "turns"):
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.placement.generation_share}
+        if config.placement.mode == "turns":
+            memory["enable_sleep_mode"] = True
+        arguments = {**config.generation.engine_args, **memory}
+        changes["generation"] = config.generation.model_copy(update={"engine_args": arguments})
+    return config.model_copy(update=changes)
 
 
 def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:

@@ -139,6 +139,7 @@ def build(
     publish_timeout_s: float = 10.0,
     other_weights: Sequence[str] = (),
     own_actors: Sequence[Role] = (),
+    turns: bool = False,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
@@ -176,6 +177,7 @@ def build(
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=evaluate_every_steps,
         keep_checkpoints=2,
+        turns=turns,
         opponents="opponent" in other_weights or Role.OPPONENT in own_actors,
     )
     heldout = [draw(9)]

@@ -1,0 +1,112 @@
+"""GPUs for the processes of a run: what they claim, whether the cluster can give it, and its reservation.
+
+What a device is used for is the engine's matter; here are only numbers that Ray counts. A CPU run claims nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deploy.check import RunPlan, generation_actors
+from deploy.remote.coordinator import GENERATION_STAGES
+from distrl.config import Config
+from distrl.errors import ConfigError, DeadlineError
+from distrl.placement import Claim, Node, check_fits
+
+EVEN = 1e-4
+"""The smallest share of a GPU that Ray counts."""
+
+
+def learner_claims(config: Config) -> list[Claim]:
+    """What Ray Train claims for the learner's workers; it makes that reservation itself."""
+    workers = config.train.workers if config.train.device == "cuda" else 0
+    return [Claim(f"learner-{i}", 1.0) for i in range(workers)]
+
+
+def claims(config: Config, plan: RunPlan) -> list[Claim]:
+    """What each generation actor claims of Ray's GPUs.
+
+    Processes that take turns all claim an equal part, whatever share of the memory each may use in its turn.
+    """
+    counts = generation_actors(config, plan.samples)
+    names = [f"{GENERATION_STAGES[role]}-{i}" for role, n in counts.items() for i in range(n)]
+    match config.placement.mode:
+        case "cpu":
+            return []
+        case "separate":
+            return [Claim(name, float(config.generation.tensor_parallel_size)) for name in names]
+        case "shared":
+            return [Claim(name, config.placement.generation_share) for name in names]
+        case "turns":
+            part = 1 / len(names) // EVEN * EVEN
+            return [Claim(name, part) for name in names]
+
+
+def check_cluster(config: Config, plan: RunPlan) -> None:
+    """Refuse a placement that the nodes of the running Ray can never give.
+
+    Raises:
+        ConfigError: names the shortfall. Nothing was started.
+    """
+    wanted = claims(config, plan) + learner_claims(config)
+    nodes = [Node(n["NodeName"], n["Resources"].get("GPU", 0.0)) for n in ray.nodes() if n["Alive"]]
+    check_fits(wanted, nodes)
+    if config.placement.mode in ("shared", "turns"):
+        # Ray puts shares on whichever device has room: on several they would not share one.
+        several = [n for n in nodes if n.gpus > 1]
+        if several:
+            raise ConfigError(
+                f"placement.mode={config.placement.mode} must have nodes with one GPU, {several[0].name} has "
+                f"{several[0].gpus:g}; show Ray one of them with CUDA_VISIBLE_DEVICES, or set placement.mode=separate"
+            )
+
+
+@dataclass(slots=True)
+class Reservation:
+    """GPUs that are kept for the generation actors of a run; empty for a CPU run."""
+
+    group: PlacementGroup | None = None
+    gpus: Mapping[str, float] = field(default_factory=dict)
+    """Of each actor, by stage."""
+
+    def options(self, stage: str) -> dict[str, Any]:
+        """Options of an actor of this stage. One that takes the place of another gets what that has left."""
+        if self.group is None or stage not in self.gpus:
+            return {}
+        return {
+            "num_gpus": self.gpus[stage],
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=-1),
+        }
+
+    def release(self) -> None:
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+
+
+def reserve(config: Config, plan: RunPlan) -> Reservation:
+    """Keeps the GPUs of all generation actors at once: either all of them, or none.
+
+    Raises:
+        ConfigError: the cluster can never give them. DeadlineError: others hold them for longer than
+            `limits.start_timeout_s`.
+    """
+    check_cluster(config, plan)
+    wanted = claims(config, plan)
+    if not wanted:
+        return Reservation()
+    group = placement_group([{"GPU": claim.gpus} for claim in wanted], strategy="PACK")
+    if not group.wait(config.limits.start_timeout_s):
+        free = ray.available_resources().get("GPU", 0.0)
+        remove_placement_group(group)
+        total = sum(claim.gpus for claim in wanted)
+        raise DeadlineError(
+            f"placement: {total:g} GPUs for {len(wanted)} generation actors must be free within "
+            f"limits.start_timeout_s = {config.limits.start_timeout_s:g} s, {free:g} are; wait for the other job, or "
+            "lower the number of actors"
+        )
+    return Reservation(group, {claim.name.rpartition("-")[0]: claim.gpus for claim in wanted})
