@@ -339,7 +339,8 @@ class Coordinator:
             )
 
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
-        self._recorder.event("failed_call", f"ticket {flight.ticket.ticket_id} in {flight.stage}: {error}")
+        where = f"ticket {flight.ticket.ticket_id} in {flight.stage}"
+        self._recorder.failed_call(flight.stage, f"{where}: {error}")
         if flight.ticket.role == Role.POLICY:
             self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 
@@ -467,9 +468,9 @@ class Coordinator:
             try:
                 await asyncio.to_thread(shutil.rmtree, old.path)
             except OSError as error:
-                self._recorder.event("failed_call", f"removing the checkpoint {old.path}: {error}")
+                self._recorder.failed_call("checkpoint", f"removing the checkpoint {old.path}: {error}")
             else:
-                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}")
+                self._recorder.event("checkpoint", f"step {old.step} removed: {old.path}", removed=True)
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
@@ -506,6 +507,9 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._held.read(),
             "busy": {pool.stage: pool.busy for pool in pools},
+            "members": [member.report(pool.stage) for pool in pools for member in pool.members],
+            "truncated": self._pipeline.truncated,
+            "generated_tokens": self._pipeline.generated_tokens,
         }
 
     async def _notify(self) -> None:

@@ -90,6 +90,7 @@ class Generation:
             ticket_id=ticket.ticket_id,
             rollouts=len(samples),
             response_tokens=sum(len(s.token_ids) for s in samples),
+            truncated=sum(s.finish_reason == "length" for s in samples),
             versions=tuple(sorted({v for s in samples for v in s.versions})),
             bytes=batch.nbytes,
             started_s=started_s,

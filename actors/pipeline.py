@@ -84,6 +84,9 @@ class Pipeline:
         """Told of every ticket that was graded."""
         self.rollouts: Counter[str] = Counter()
         """Rollouts that each stage has finished so far."""
+        self.truncated = 0
+        """Of the sampled rollouts those that were cut at `max_new_tokens`."""
+        self.generated_tokens = 0
         self._grade_calls = Coalescer(grading, limits.grading_tickets_per_call, self._call_grading)
         if reference is not None:
             self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference)
@@ -123,6 +126,8 @@ class Pipeline:
 
         receipt: GenerationReceipt = await self._attempts(flight, DropReason.GENERATION_FAILED, attempt)
         self._span(flight, "generation", flight.stage_since_s)
+        self.truncated += receipt.truncated
+        self.generated_tokens += receipt.response_tokens
         return receipt
 
     async def grade_and_score(self, flight: Flight) -> Grades:

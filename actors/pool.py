@@ -28,6 +28,17 @@ class Member:
     def name(self) -> str:
         return self.caller.name
 
+    def report(self, stage: str) -> dict[str, object]:
+        """What the driver learns of it."""
+        return {
+            "stage": stage,
+            "name": self.name,
+            "capacity": self.capacity,
+            "busy": self.busy,
+            "version": self.version,
+            "step": self.step,
+        }
+
 
 def anybody(member: Member) -> bool:
     return True

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 from distrl.messages import LoadReceipt, StepReport
@@ -37,8 +38,12 @@ class Recorder:
         """The kept records with a number above `number`."""
         return [r for r in self._records if r["number"] > number]
 
-    def event(self, kind: str, message: str) -> None:
-        self._add({"kind": kind, "message": message})
+    def event(self, kind: str, message: str, **more: object) -> None:
+        self._add({"kind": kind, "message": message, **more})
+
+    def failed_call(self, stage: str, message: str) -> None:
+        """A call that failed, and is made again or given up; counted under its stage."""
+        self.event("failed_call", message, stage=stage)
 
     def step(self, report: StepReport, rewards: Sequence[float], staleness: Sequence[int], tokens: int) -> None:
         """One optimizer step: the learner's metrics with the batch's mean reward and staleness."""
@@ -48,9 +53,11 @@ class Recorder:
                 **asdict(report),
                 # JSON has no NaN and no infinity.
                 "metrics": {k: v if math.isfinite(v) else None for k, v in report.metrics.items()},
-                "reward_mean": sum(rewards) / len(rewards),
+                "reward_mean": fmean(rewards),
+                "reward_standard_deviation": pstdev(rewards),
                 "staleness_mean": sum(staleness) / len(staleness),
                 "staleness_max": max(staleness),
+                "staleness_counts": {str(age): n for age, n in sorted(Counter(staleness).items())},
                 "response_tokens": tokens,
             }
         )

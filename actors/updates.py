@@ -142,7 +142,9 @@ class Updates:
         return member.version if self._weights == POLICY_WEIGHTS else member.others.get(self._weights, 0)
 
     async def _failed(self, member: Member, target: Version, failures: int, error: DistrlError) -> None:
-        self._recorder.event("failed_call", f"{member.name} pulling {self._weights} version {target.version}: {error}")
+        self._recorder.failed_call(
+            "weights", f"{member.name} pulling {self._weights} version {target.version}: {error}"
+        )
         if failures >= self._limits.attempts:
             raise DeadlineError(
                 f"{member.name} must load {self._weights} version {target.version} in at most "
@@ -167,8 +169,8 @@ class Updates:
                     await self._changed.wait()
         except TimeoutError:
             # The next attempt fails as this one did, and what it says is missing ends the run in the end.
-            self._recorder.event(
-                "failed_call",
+            self._recorder.failed_call(
+                "weights",
                 f"the learner must publish policy version {lost.version} again within limits.publish_timeout_s = "
                 f"{timeout_s:g} s, it did not",
             )

@@ -20,6 +20,7 @@ from deploy.commands.audit import audit
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
+from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
 from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
@@ -138,6 +139,8 @@ app.command()(export)
 app.command()(init)
 app.command()(schema)
 app.command()(recipes)
+app.command()(ui)
+app.command()(rollouts)
 app.command()(vstar)
 
 

@@ -10,6 +10,9 @@ from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint
 from deploy.interrupt import stop_on_interrupt
 from deploy.learner import RayTrainGroup
+from deploy.metrics.boards import check_wandb
+from deploy.metrics.endpoint import check_port
+from deploy.metrics.run import RunMetrics
 from deploy.placement import reserve
 from deploy.progress import Progress, Silent
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
@@ -34,6 +37,8 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
         RefusedError: the run's directory exists. RunError: the run failed; the message has the cause.
     """
     plan = check_run(config)
+    check_wandb(config)
+    check_port(config.metrics)
     return _run(config, plan, create_run_dir(config), None, progress or Silent())
 
 
@@ -74,11 +79,11 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None
     lock = claim(run_dir)
     outcome = RunState.FAILED
     try:
-        with progress:
+        with progress, RunMetrics(config, run_dir) as metrics:
             progress.phase("starting Ray")
             own_ray = start_ray()
             try:
-                snapshot = _run_actors(config, plan, run_dir, checkpoint, progress)
+                snapshot = _run_actors(config, plan, run_dir, checkpoint, progress, metrics)
             except BaseException:
                 progress.line(f"what the processes of the run wrote: {log_directory()}")
                 raise
@@ -95,7 +100,12 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None
 
 
 def _run_actors(
-    config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None, progress: Progress
+    config: Config,
+    plan: RunPlan,
+    run_dir: RunDir,
+    checkpoint: Path | None,
+    progress: Progress,
+    metrics: RunMetrics,
 ) -> dict[str, Any]:
     """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
@@ -107,7 +117,7 @@ def _run_actors(
         wait_for_actors(config, handles)
         progress.phase("evaluating the model before training" if checkpoint is None else f"going on from {checkpoint}")
         ray.get(handles.coordinator.start.remote(), timeout=config.limits.start_timeout_s)
-        return _watch(config, run_dir, handles, group, progress)
+        return _watch(config, run_dir, handles, group, progress, metrics)
     finally:
         # A learner that still waits for a batch gets an error for it, so that its group ends before Ray does.
         handles.coordinator.abort.remote("the run has ended")
@@ -118,7 +128,12 @@ def _run_actors(
 
 
 def _watch(
-    config: Config, run_dir: RunDir, handles: Handles, group: RayTrainGroup, progress: Progress
+    config: Config,
+    run_dir: RunDir,
+    handles: Handles,
+    group: RayTrainGroup,
+    progress: Progress,
+    metrics: RunMetrics,
 ) -> dict[str, Any]:
     """Shows the run's progress until it is done or stopped; raises what ended it."""
     seen = -1
@@ -134,6 +149,7 @@ def _watch(
                 raise RunError(f"the coordinator does not answer: {type(error).__name__}") from error
             if snapshot["records"]:
                 seen = snapshot["records"][-1]["number"]
+            metrics.update(snapshot)
             progress.update(snapshot)
             if warning := stall.look(snapshot, time.monotonic()):
                 progress.line(warning)

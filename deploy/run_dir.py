@@ -31,6 +31,28 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def metrics_history(self) -> Path:
+        """Parquet files that are read as one table."""
+        return self.path / "metrics.parquet"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def prometheus_targets(self) -> Path:
+        """Where the run's metrics are served, while it runs.
+
+        In one folder for all runs: Prometheus takes a `*` in the file's name only, not in its folders.
+        """
+        return self.path.parent / ".prometheus" / f"{self.path.name}.json"
+
+    @property
+    def live(self) -> Path:
+        """What the driver last saw, while it runs; see `deploy.live`."""
+        return self.path / "live.json"
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal"
 

@@ -260,6 +260,17 @@ class EvaluationConfig(_Section):
     """Held-out problems of those; all of them where `problems` is less."""
 
 
+class MetricsConfig(_Section):
+    """Where the numbers of a run go, beside metrics.jsonl, Parquet and TensorBoard in its directory."""
+
+    host: str = "127.0.0.1"
+    """Address at which the driver serves Prometheus metrics, without a password; 0.0.0.0 lets everybody read them."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port of it; 0 takes a free one, which `.prometheus/NAME.json` in `run.dir` names."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases; empty sends nothing there. Needs the extra `wandb`."""
+
+
 class LimitsConfig(_Section):
     """Bounds and deadlines."""
 
@@ -308,6 +319,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")

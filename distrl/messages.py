@@ -17,6 +17,8 @@ class GenerationReceipt:
     ticket_id: int
     rollouts: int
     response_tokens: int
+    truncated: int
+    """Rollouts cut at `max_new_tokens`."""
     versions: tuple[int, ...]
     """All policy versions that sampled one of its tokens, in order."""
     bytes: int

@@ -79,7 +79,12 @@ def exists(name: str) -> bool:
     first, *rest = name.split("=")[0].split(".")
     if first in PACKAGES and rest and all(re.fullmatch(r"\w+", part) for part in rest):
         return is_in_code([first, *rest])
-    if first in SECTIONS and len(rest) == 1 and rest[0].isidentifier() and rest[0] not in ("json", "yaml", "py"):
+    if (
+        first in SECTIONS
+        and len(rest) == 1
+        and rest[0].isidentifier()
+        and rest[0] not in ("json", "jsonl", "yaml", "py", "parquet")
+    ):
         return f"{first}.{rest[0]}" in known_keys()
     return True
 

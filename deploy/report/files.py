@@ -163,7 +163,7 @@ def read_ledger(path: Path, missing: Missing) -> LedgerTables:
                 _table(db, "evaluations", EVALUATIONS),
                 {row[0]: Version(*row[:3]) for row in versions},
                 {row[0]: row[3] for row in versions if row[3] is not None},
-                int(db.execute("SELECT COUNT(*) FROM checkpoints").fetchone()[0]),
+                int(db.execute("SELECT COUNT(*) FROM checkpoints WHERE removed_s IS NULL").fetchone()[0]),
             )
     except sqlite3.Error as error:
         raise LedgerError(f"ledger {path} must be readable: {error}; restore it from a copy") from error

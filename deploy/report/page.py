@@ -27,4 +27,4 @@ def environment() -> Environment:
 
 
 def render(data: ReportData) -> str:
-    return environment().get_template("report.html").render(view=make_view(data)).lstrip()
+    return environment().get_template("report.html").render(view=make_view(data), live=None).lstrip()

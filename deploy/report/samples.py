@@ -1,6 +1,7 @@
 """Some rollouts to read: correct and wrong ones from the start and from the end of the run."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,23 @@ def _staleness(versions: Mapping[int, Version], oldest: int, step: int) -> int |
         return None
 
 
-def _decoder(run_dir: RunDir, config: Mapping[str, Any], missing: Missing) -> Callable[[list[int]], str]:
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Tokens to text; the numbers themselves where no tokenizer is there."""
+
+    tokenizer: Any
+
+    def text(self, tokens: list[int]) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def token(self, token: int) -> str:
+        """One token as it stands in a text; the pieces of a character that several tokens make are not readable."""
+        return f"{token} " if self.tokenizer is None else self.text([token])
+
+
+def tokenizer_of(run_dir: RunDir, config: Mapping[str, Any]) -> Decoder:
     """Prompts are journalled as tokens; the tokenizer is that of the run's own checkpoint, or of its model."""
     model = config.get("model")
     folders = sorted(run_dir.checkpoints.glob("*/tokenizer.json"), reverse=True)
@@ -140,7 +157,12 @@ def _decoder(run_dir: RunDir, config: Mapping[str, Any], missing: Missing) -> Ca
         if path.is_file():
             from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_file(str(path))
-            return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False))
-    missing.add("No tokenizer is there, neither in a checkpoint nor in model.path: prompts are shown as token ids.")
-    return lambda tokens: " ".join(map(str, tokens))
+            return Decoder(Tokenizer.from_file(str(path)))
+    return Decoder(None)
+
+
+def _decoder(run_dir: RunDir, config: Mapping[str, Any], missing: Missing) -> Callable[[list[int]], str]:
+    found = tokenizer_of(run_dir, config)
+    if found.tokenizer is None:
+        missing.add("No tokenizer is there, neither in a checkpoint nor in model.path: prompts are shown as token ids.")
+    return found.text

@@ -12,6 +12,7 @@ from distrl.objectives.batch import Batch
 from distrl.objectives.build import build
 from distrl.objectives.credit import Credited
 from distrl.objectives.losses import Score
+from distrl.objectives.quantiles import bin_counts
 from distrl.objectives.recipe import LossOutput, Plan, Recipe, Term, Totals, stack
 from distrl.objectives.schedules import Fixed
 
@@ -197,6 +198,7 @@ def _totals(recipe: Recipe, rows: Batch, credit_BT: Tensor, losses: Mapping[str,
             "sequence_ratio": whole.sum(),
             "sequence_ratio_squared": whole.square().sum(),
         }
+        sums |= bin_counts(log_ratio, mask)
         maxima["ratio_max"] = token.max()
     if "reference" in rows.models:
         sums["log_policy_over_reference"] = (policy - rows.log({"reference": 1.0}).double()).sum()

@@ -12,6 +12,7 @@ from distrl.objectives.batch import Batch, check_width, pairs_among
 from distrl.objectives.columns import Column
 from distrl.objectives.credit import Credit
 from distrl.objectives.losses import Loss
+from distrl.objectives.quantiles import ratio_quantiles
 from distrl.objectives.ratios import Ratio, Weight
 from distrl.objectives.regularized import Regularized
 from distrl.objectives.schedules import Fixed, Schedule
@@ -225,7 +226,8 @@ class Totals:
         """The metrics of these rows.
 
         Returns:
-            loss and loss_<term>; ratio_mean, ratio_max over tokens of policy / behavior; ess, the effective
+            loss and loss_<term>; ratio_mean, ratio_max and the quantiles ratio_p01, ratio_p50, ratio_p99 over
+            tokens of policy / behavior; ess, the effective
             sample size (sum w)^2 / (n sum w^2) of sequence ratios, in (0, 1]; kl_behavior, the mean
             log(behavior / policy) per token, which estimates KL(behavior || policy); kl_reference, the mean
             log(policy / reference) per token; ratio_clamped, how many ratios reached max_log_ratio;
@@ -244,7 +246,7 @@ class Totals:
             metrics["ess"] = self.sums["sequence_ratio"] ** 2 / squared
         if "ratio_clamped" in self.sums:
             metrics["ratio_clamped"] = self.sums["ratio_clamped"]
-        return metrics | dict(self.maxima)
+        return metrics | ratio_quantiles(self.sums) | dict(self.maxima)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
 
 
 def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder) -> None:
-    recorder.step(REPORT, rewards=[0.0, 0.5, 1.0, 0.5], staleness=[0, 1, 3, 0], tokens=77)
+    recorder.step(REPORT, rewards=[0.0, 0.0, 1.0, 1.0], staleness=[0, 1, 3, 0], tokens=77)
     assert recorder.after(-1) == [
         {
             "number": 0,
@@ -68,8 +68,10 @@ def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder
             "skipped": None,
             "metrics": {"loss": 2.0},
             "reward_mean": 0.5,
+            "reward_standard_deviation": 0.5,
             "staleness_mean": 1.0,
             "staleness_max": 3,
+            "staleness_counts": {"0": 2, "1": 1, "3": 1},
             "response_tokens": 77,
         }
     ]

@@ -156,6 +156,7 @@ def _batches(
 ) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch]:
     ids = [f"p{drawn.ticket_id}.0.{g}" for g in range(GROUP)]
     same: dict[str, Any] = {"role": "policy", "redraw": 0, "finish_reason": "stop", "temperature": 1.0, "top_p": 1.0}
+    same |= {"v_star": None}
     same |= {"top_k": 0, "max_new_tokens": 8, "engine": "generation-0", "prompt_id": prompt_id}
     same |= {"generation_started_s": ends_s - 5.5, "generation_finished_s": ends_s - 4, "ticket_id": drawn.ticket_id}
     generation = {name: [value] * GROUP for name, value in same.items()} | {
@@ -217,7 +218,9 @@ def _step(
     clock.now += 0.25
     ledger.mark_published(version, f"sha-{version}")
     clock.now += 0.25
-    recorder.load("generation-0", LoadReceipt(version=version, fetch_s=0.125, pause_s=0.0625, sequences_in_flight=1))
+    recorder.load(
+        "generation-0", LoadReceipt(version=version, fetch_s=0.125, pause_s=0.0625, sequences_in_flight=1), "policy"
+    )
 
 
 def _evaluate(made: MadeRun, ledger: Ledger, recorder: Recorder, name: str, step: int) -> None:
