@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1024
-_STAND_IN = "x"
+_STAND_IN = "stand-in"
 _LOOKED_AT = 1000
 """Problems that are measured of a training set that is made while the run goes on."""
 
