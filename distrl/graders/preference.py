@@ -57,7 +57,8 @@ class WinRate:
     """The reward of a response is how often it beats others of its group: the mean preference over `opponents` of them.
 
     Response i meets those that follow it in the group, in a circle, and is met by those before it: every pair is judged
-    once, in both orders, and counts for both. The sum over a group is half its size, whatever the judge says.
+    once, in both orders, and counts for both. The sum over a group is half its size, whatever the judge says. A response
+    without another, as in evaluations, meets the reference answer.
 
     Args:
         judge: who compares.
@@ -77,11 +78,19 @@ class WinRate:
         groups: dict[str, list[int]] = {}
         for row, problem in enumerate(problems):
             groups.setdefault(problem.prompt_id, []).append(row)
-        pairs = [pair for rows in groups.values() for pair in _pairs(rows, self._opponents)]
+        pairs = [pair for rows in groups.values() if len(rows) > 1 for pair in _pairs(rows, self._opponents)]
+        alone = [rows[0] for rows in groups.values() if len(rows) == 1]
 
         def compare(pair: tuple[int, int]) -> Preference:
             first, second = pair
             return symmetrised(self._judge, problems[first], str(responses[first]), str(responses[second]))
+
+        def compare_with_answer(row: int) -> Preference:
+            if not problems[row].answer:
+                raise ValueError(
+                    "a preference needs at least two responses to a prompt, or a reference answer to compare one with"
+                )
+            return symmetrised(self._judge, problems[row], str(responses[row]), problems[row].answer)
 
         found = list(self._threads.map(compare, pairs))
         wins: list[list[float]] = [[] for _ in problems]
@@ -91,12 +100,13 @@ class WinRate:
             wins[second].append(1.0 - preference.probability)
             for row in (first, second):
                 disagreements[row].append(preference.disagreement)
+        for row, preference in zip(alone, self._threads.map(compare_with_answer, alone), strict=True):
+            wins[row].append(preference.probability)
+            disagreements[row].append(preference.disagreement)
         return [_grade(w, d) for w, d in zip(wins, disagreements, strict=True)]
 
 
 def _pairs(rows: Sequence[int], opponents: int) -> list[tuple[int, int]]:
-    if len(rows) < 2:
-        raise ValueError("a preference needs at least two responses to a prompt; set rollout.group_size to 2 or more")
     most = min(opponents, len(rows) // 2)
     pairs = {
         tuple(sorted((rows[i], rows[(i + distance) % len(rows)])))

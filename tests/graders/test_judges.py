@@ -69,7 +69,12 @@ def test_prompts_are_judged_apart() -> None:
     assert {frozenset(pair) for pair in judge.asked} == {frozenset({"1", "2"}), frozenset({"10", "20"})}
 
 
-def test_a_response_without_another_cannot_be_judged() -> None:
+def test_a_response_without_another_meets_the_reference_answer() -> None:
+    (grade,) = WinRate(Table())([Problem.of("Say a number.", "5")], ["7"])
+    assert (grade.reward, grade.verdict) == (pytest.approx(0.7), "correct")
+
+
+def test_a_response_without_another_and_without_an_answer_cannot_be_judged() -> None:
     with pytest.raises(ValueError, match="at least two responses to a prompt"):
         WinRate(Table())([PROBLEM], ["1"])
 
