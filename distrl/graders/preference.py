@@ -57,8 +57,8 @@ class WinRate:
     """The reward of a response is how often it beats others of its group: the mean preference over `opponents` of them.
 
     Response i meets those that follow it in the group, in a circle, and is met by those before it: every pair is judged
-    once, in both orders, and counts for both. The sum over a group is half its size, whatever the judge says. A response
-    without another, as in evaluations, meets the reference answer.
+    once, in both orders, and counts for both. The sum over a group is half its size, whatever the judge says. A
+    response without another, as in evaluations, meets the reference answer.
 
     Args:
         judge: who compares.
