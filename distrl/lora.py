@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) by peft: W + alpha / rank B A, of which B and A are trained."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,9 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
         task_type="CAUSAL_LM",
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # It finds by itself how a layer of GPT-2 stores its weight.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, adapter_name=NAME)
     except ValueError as error:

@@ -109,7 +109,7 @@ def load_model(directory: Path | str, dtype: "torch.dtype", *, setting: str = "m
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=_attention(path),
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # Refused below, with the names.
                 output_loading_info=True,
@@ -141,6 +141,14 @@ def model_without_weights(directory: Path | str) -> "PreTrainedModel":
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
+
+
+def _attention(path: Path) -> str:
+    """PyTorch's own attention, or the plain one where scores are capped, which the former cannot do."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def check_model(directory: Path | str, *, setting: str = "model.path") -> int:

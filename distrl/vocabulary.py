@@ -286,10 +286,11 @@ class _Sums:
         step = (gradient * self._before)[:, None]
         if of_bias is not None:
             of_bias.index_add_(0, symbols, step[:, 0])
-        if of_hidden is not None:
-            of_hidden.addcmul_(step, self._weight[symbols].to(step.dtype))
-        if of_weight is not None:
-            of_weight.index_add_(0, symbols, step * self._hidden)
+        for rows in _tokens(self._hidden):
+            if of_hidden is not None:
+                of_hidden[rows].addcmul_(step[rows], self._weight[symbols[rows]].to(step.dtype))
+            if of_weight is not None:
+                of_weight.index_add_(0, symbols[rows], step[rows] * self._hidden[rows])
 
     def result(self) -> tuple[Tensor | None, ...]:
         pairs = zip(self._sums, self._given, strict=True)

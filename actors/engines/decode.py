@@ -64,6 +64,10 @@ class Decoder:
         self._model = model.eval().requires_grad_(False)
         self._policy = policy_tensors(model)
         self._dtype = next(model.parameters()).dtype
+        whole_config: Any = model.config
+        config = whole_config.get_text_config()
+        self._layer_types: frozenset[str] = frozenset(getattr(config, "layer_types", None) or ())
+        self._window: int | None = getattr(config, "sliding_window", None)
         self._device = eos_V.device
         self._context_length = context_length
         self._pad_token_id = pad_token_id
@@ -128,15 +132,30 @@ class Decoder:
         length = round_up(int(positions.max()) + 1, POSITION_BUCKET)
         self._cache.aim(positions, length)
         seen = torch.arange(length, device=self._device) <= positions[:, None]
-        mask = torch.zeros(seen.shape, dtype=self._dtype, device=self._device).masked_fill_(~seen, -torch.inf)
         logits = self._forward(
             input_ids=self._rows.last_token_S[:R, None],
-            attention_mask=mask[:, None, None],
+            attention_mask=self._masks(seen, positions),
             position_ids=positions[:, None],
             past_key_values=self._cache,
         )[:, -1]
         self._rows.length_S[:R] += self._rows.live_S[:R]
         return self._sample(torch.arange(R, device=self._device), logits)
+
+    def _masks(self, seen: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """What each row's token attends to: one mask, or one per kind of layer where they differ."""
+
+        def additive(seen: Tensor) -> Tensor:
+            mask = torch.zeros(seen.shape, dtype=self._dtype, device=self._device).masked_fill_(~seen, -torch.inf)
+            return mask[:, None, None]
+
+        sliding = "sliding_attention" in self._layer_types or not self._layer_types
+        if self._window is None or not sliding:
+            return additive(seen)
+        # A window of w positions ends with the token's own.
+        near = seen & (torch.arange(seen.shape[1], device=self._device) > positions[:, None] - self._window)
+        if not self._layer_types:
+            return additive(near)
+        return {"full_attention": additive(seen), "sliding_attention": additive(near)}
 
     def _sample(self, rows: Tensor, logits: Tensor) -> list[Job]:
         ended = self._rows.sample(rows, logits, self.version)

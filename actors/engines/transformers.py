@@ -63,7 +63,7 @@ class TransformersEngine:
     ) -> None:
         """
         Args:
-            model: on one device, with full attention in every layer.
+            model: on one device, with full or sliding-window attention in every layer.
             slots: responses that are sampled at the same time, >= 1; a multiple of 32 wastes none.
             threads: torch threads, >= 1, set for the whole process. Only with 1 is a request's result independent,
                 to the last bit, of what runs beside it.
@@ -241,11 +241,10 @@ class TransformersEngine:
 
 
 def _check_model(config: Any) -> None:
-    everywhere = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-    layer_types = set(getattr(config, "layer_types", None) or [everywhere])
-    if layer_types != {"full_attention"}:
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not layer_types <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
-            "transformers engine: every layer of the model must have full attention, "
+            "transformers engine: every layer of the model must have full or sliding-window attention, "
             f"got {', '.join(sorted(layer_types))}; use the vLLM engine for this model"
         )
     attention = config._attn_implementation

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM
 
 from actors.engines.transformers import TransformersEngine
 from distrl.errors import ConfigError, PolicyError, StageError
@@ -338,12 +338,12 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, object], messag
     assert refusal(ConfigError, lambda: TransformersEngine(tiny_model(), **{**good, **arguments})) == message
 
 
-def test_a_model_with_sliding_windows_is_refused() -> None:
-    sizes = {"vocab_size": 23, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    model = MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=8))
+def test_a_model_with_other_than_full_or_windowed_attention_is_refused() -> None:
+    model = tiny_model()
+    model.config.layer_types = ["linear_attention", *model.config.layer_types[1:]]
     assert refusal(ConfigError, lambda: tiny_engine(model)) == (
-        "transformers engine: every layer of the model must have full attention, got sliding_attention; "
-        "use the vLLM engine for this model"
+        "transformers engine: every layer of the model must have full or sliding-window attention, "
+        "got full_attention, linear_attention; use the vLLM engine for this model"
     )
 
 
