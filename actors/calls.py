@@ -9,13 +9,17 @@ from typing import Any, Protocol
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from distrl.errors import DeadlineError, DistrlError, StageError
 
 
 class WorkerLostError(StageError):
     """The process that a call ran in is gone; the call may be made again elsewhere."""
+
+
+class DataLostError(StageError):
+    """A batch that a call needs was lost with the node that held it; it has to be made again."""
 
 
 class Caller(Protocol):
@@ -27,7 +31,8 @@ class Caller(Protocol):
         """Call a method that makes a batch: (receipt, reference to the batch).
 
         Raises:
-            DistrlError: the method failed; DeadlineError: no answer in time; WorkerLostError: the worker is gone.
+            DistrlError: the method failed; DeadlineError: no answer in time; WorkerLostError: the worker is gone;
+                DataLostError: an argument is.
         """
         ...
 
@@ -89,6 +94,8 @@ class RayCaller:
             raise unwrap(error, f"{self.name}.{method}") from error
         except RayActorError as error:
             raise WorkerLostError(f"{self.name}.{method}: the process is gone: {_first_line(error)}") from error
+        except ObjectLostError as error:
+            raise DataLostError(f"{self.name}.{method}: {type(error).__name__}: {_first_line(error)}") from error
         except RayError as error:
             raise StageError(f"{self.name}.{method}: {type(error).__name__}: {_first_line(error)}") from error
 
@@ -98,6 +105,8 @@ def unwrap(error: RayTaskError, where: str) -> DistrlError:
     cause = error.cause
     if isinstance(cause, DistrlError):
         return cause
+    if isinstance(cause, ObjectLostError):
+        return DataLostError(f"{where}: {type(cause).__name__}: {_first_line(cause)}")
     return StageError(f"{where}: {type(cause).__name__}: {cause}")
 
 

@@ -2,11 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.pool import Member, Pool
+from actors.pool import Member, Pool, anybody, unsuspected
 from distrl.errors import DistrlError, StageError
 
 
@@ -29,12 +29,19 @@ class Coalescer:
     """Sends what waits, at most `limit` tickets a call, as soon as a worker has a free place.
 
     A call that fails is made again ticket by ticket, so that one poison ticket spends nobody else's attempts.
+
+    Args:
+        suspect: whether a job may be what kills workers; it gets a call of its own, and no second such job is given to
+            the same worker.
     """
 
-    def __init__(self, pool: Pool, limit: int, call: MakeCall) -> None:
+    def __init__(
+        self, pool: Pool, limit: int, call: MakeCall, suspect: Callable[[Any], bool] = lambda content: False
+    ) -> None:
         self._pool = pool
         self._limit = limit
         self._call = call
+        self._suspect = suspect
         self._queue: deque[_Job] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         pool.on_change(self._dispatch)
@@ -51,15 +58,31 @@ class Coalescer:
         return await job.answer
 
     def _dispatch(self) -> None:
-        while self._queue and (member := self._pool.take()) is not None:
-            jobs = [self._queue.popleft()]
-            while self._queue and len(jobs) < self._limit and not (jobs[0].alone or self._queue[0].alone):
+        held: list[_Job] = []  # suspects that no worker can take now
+        while self._queue:
+            job = self._queue.popleft()
+            suspect = self._suspect(job.content)
+            member = self._pool.take(fits=unsuspected if suspect else anybody)
+            if member is None:
+                held.append(job)
+                if suspect:
+                    continue
+                break
+            jobs = [job]
+            while not self._gets_its_own(job) and self._queue and len(jobs) < self._limit:
+                if self._gets_its_own(self._queue[0]):
+                    break
                 jobs.append(self._queue.popleft())
-            task = asyncio.get_running_loop().create_task(self._run(member, jobs))
+            task = asyncio.get_running_loop().create_task(self._run(member, jobs, suspect))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            member.suspects += suspect
+        self._queue.extendleft(reversed(held))
 
-    async def _run(self, member: Member, jobs: list[_Job]) -> None:
+    def _gets_its_own(self, job: _Job) -> bool:
+        return job.alone or self._suspect(job.content)
+
+    async def _run(self, member: Member, jobs: list[_Job], suspect: bool) -> None:
         try:
             parts, batch = await self._call(member, [job.content for job in jobs])
             if len(parts) != len(jobs):
@@ -82,6 +105,7 @@ class Coalescer:
                 elif not job.answer.done():
                     job.answer.set_result((part, batch))
         finally:
+            member.suspects -= suspect
             await self._pool.give_back(member)
 
 

@@ -13,11 +13,11 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from actors.calls import Caller
+from actors.calls import Caller, WorkerLostError
 from distrl.environments.protocol import Step
-from distrl.errors import DistrlError
+from distrl.errors import DistrlError, StageError
 from distrl.sampling import Engine, FinishReason, Sample, SampleRequest, SamplingParams
 from distrl.tasks.problem import Problem
 
@@ -90,11 +90,18 @@ class Episodes:
         session = f"{request.request_id}.{group_index}"
         host = self._environments[place]
         try:
-            observation: str = await host.ask("open", session, problem, timeout_s=self._limits.timeout_s)
+            observation: str = await self._ask(host, "open", session, problem)
             return await self._turns(engine, request, problem, group_index, host, session, observation)
         finally:
             self._playing[place] -= 1
             self._forget(host, session)
+
+    async def _ask(self, host: Caller, method: str, *arguments: object) -> Any:
+        try:
+            return await host.ask(method, *arguments, timeout_s=self._limits.timeout_s)
+        except WorkerLostError as error:
+            # Else the coordinator would take the process that asked for the one that is gone.
+            raise StageError(str(error)) from error
 
     def _forget(self, host: Caller, session: str) -> None:
         """Tells the environment that nobody goes on with the episode, and waits for nothing: it forgets by itself."""
@@ -142,7 +149,7 @@ class Episodes:
                 trajectory.finish_reason = "length"
                 return trajectory
             message = self._text.decode(sample.token_ids)
-            step: Step = await host.ask("step", session, message, timeout_s=self._limits.timeout_s)
+            step: Step = await self._ask(host, "step", session, message)
             trajectory.turn_rewards.append(step.reward)
             if step.done:
                 return trajectory

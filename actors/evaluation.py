@@ -89,7 +89,7 @@ class Evaluator:
 
         places = sum(m.capacity for m in self._pool.members)
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(places, len(problems))):
+            for _ in range(min(max(1, places), len(problems))):
                 group.create_task(worker())
         if not results:
             raise failures[-1]

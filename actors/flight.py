@@ -30,6 +30,8 @@ class Flight:
     newest_version: int = 0
     reward_mean: float = 0.0
     response_tokens: int = 0
+    losses: int = 0
+    """Workers that died while they had it."""
     timeline: list[Span] = field(default_factory=list)
     """What was done to it when, for the report of who waits for whom."""
 

@@ -82,16 +82,53 @@ class Flights:
             batch = self._admission.choose(outstanding, step).batch
         return [self.under_way[i] for i in batch]
 
+    def has(self, ticket_ids: Iterable[int]) -> bool:
+        """Whether these tickets are under way or in the learner's hands."""
+        return all(i in self.granted or i in self.under_way for i in ticket_ids)
+
+    def hopeless(self, step: int) -> list[Flight]:
+        """Ready tickets that can no longer be trained within the bound; see `Admission.trainable`."""
+        if self._on_stale == "keep":
+            return []
+        outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self.under_way.values()]
+        trainable = self._admission.trainable(outstanding, step)
+        return [f for i, f in sorted(self.under_way.items()) if f.ready and i not in trainable]
+
     def grant(self, flight: Flight) -> None:
         self.remove(flight)
         self.granted[flight.ticket.ticket_id] = flight
 
     def trained(self, step: int, ticket_ids: Iterable[int]) -> list[Flight]:
         """The learner has trained these tickets in step number `step`; they fill the window until `release`."""
-        flights = [self.granted.pop(i) for i in ticket_ids]
+        flights = [self._handed_over(i) for i in ticket_ids]
         self._unreleased += len(flights)
         self._trained_steps = step
         return flights
+
+    def _handed_over(self, ticket_id: int) -> Flight:
+        if ticket_id in self.granted:
+            return self.granted.pop(ticket_id)
+        # An earlier process of the coordinator granted it.
+        flight = self.under_way[ticket_id]
+        self.remove(flight)
+        return flight
+
+    def roll_back(self, step: int, trained: Iterable[Flight]) -> None:
+        """The learner stands at `step` again: what it had in hand, and what it trained since, waits for it."""
+        for flight in list(self.granted.values()):
+            self.take_back(flight)
+        self.granted.clear()
+        for flight in trained:
+            self.take_back(flight)
+        self._trained_steps = step
+        self._unreleased = 0
+
+    def take_back(self, flight: Flight) -> None:
+        """A ticket with all its columns waits for the learner."""
+        self.add(flight)
+        self.sampled(flight, flight.bytes)
+        flight.stage = "ready"
+        self._ready += 1
 
     def release(self) -> None:
         """The weights of the trained tickets' step are published."""

@@ -199,6 +199,11 @@ class Generation:
             raise
 
     @ray.method
+    async def policy_version(self, weights: str = POLICY_WEIGHTS) -> int:
+        """The version of some weights that it samples from now."""
+        return self._engine(weights).version
+
+    @ray.method
     async def sleep(self) -> None:
         """Gives the device's memory back, once a pull under way has ended.
 

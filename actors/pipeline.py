@@ -2,18 +2,22 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from actors.calls import Caller
+from actors.calls import Caller, DataLostError, WorkerLostError
 from actors.coalescer import Coalescer
 from actors.flight import Flight
-from actors.pool import Member, Pool
+from actors.pool import Member, Pool, unsuspected
 from distrl.errors import DistrlError, RunError, StageError
 from distrl.messages import GenerationReceipt, JournalReceipt
 from distrl.schema import Role
 from distrl.tickets import DropReason
+
+OUTAGE_POLL_S = 0.2
+"""Seconds between two calls to a journal that is being replaced."""
 
 
 class TicketFailedError(Exception):
@@ -31,6 +35,8 @@ class PipelineLimits:
 
     attempts: int
     retry_delay_s: float
+    outage_s: float
+    """How long the journal may be away before a ticket's call counts as failed."""
     generation_timeout_s: float
     grading_timeout_s: float
     reference_timeout_s: float
@@ -82,14 +88,17 @@ class Pipeline:
         """Told of every failed call."""
         self.on_graded: Callable[[Flight, Grades], None] = lambda flight, grades: None
         """Told of every ticket that was graded."""
+        self.on_loss: Callable[[Member, str], None] = lambda member, cause: None
+        """Told of every member that was taken out, with the cause."""
         self.rollouts: Counter[str] = Counter()
         """Rollouts that each stage has finished so far."""
         self.truncated = 0
         """Of the sampled rollouts those that were cut at `max_new_tokens`."""
         self.generated_tokens = 0
-        self._grade_calls = Coalescer(grading, limits.grading_tickets_per_call, self._call_grading)
+        suspect = self._is_suspect
+        self._grade_calls = Coalescer(grading, limits.grading_tickets_per_call, self._call_grading, suspect)
         if reference is not None:
-            self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference)
+            self._score_calls = Coalescer(reference, limits.reference_tickets_per_call, self._call_reference, suspect)
 
     def pool_of(self, role: str) -> Pool:
         """The generation actors that sample for a role."""
@@ -110,17 +119,21 @@ class Pipeline:
 
         async def attempt() -> GenerationReceipt:
             nonlocal first
-            here = first or await pool.wait_take(places, fits)
+            suspect = self._is_suspect(flight)
+            here = first or await pool.wait_take(places, (lambda m: unsuspected(m) and fits(m)) if suspect else fits)
             first = None
+            here.suspects += suspect
             flight.enter("generation", self._clock())
             try:
                 answer: GenerationReceipt
                 # Graders get the problem; generation needs it only to play an episode.
                 given = (flight.ticket, flight.problem) if self._episodes else (flight.ticket,)
-                answer, flight.generation = await here.caller.batch(
-                    "generate", *given, timeout_s=self._limits.generation_timeout_s
-                )
+                async with self._judge(pool, here, [flight]):
+                    answer, flight.generation = await here.caller.batch(
+                        "generate", *given, timeout_s=self._limits.generation_timeout_s
+                    )
             finally:
+                here.suspects -= suspect
                 await pool.give_back(here, places)
             return answer
 
@@ -166,8 +179,8 @@ class Pipeline:
 
         async def attempt() -> JournalReceipt:
             columns = (flight.generation, flight.grading, flight.reference)
-            answer: JournalReceipt = await self._journal.ask(
-                "append", *columns, timeout_s=self._limits.journal_timeout_s
+            answer: JournalReceipt = await self._patiently(
+                lambda: self._journal.ask("append", *columns, timeout_s=self._limits.journal_timeout_s)
             )
             return answer
 
@@ -175,50 +188,107 @@ class Pipeline:
         self._span(flight, "journal", flight.stage_since_s)
         return receipt
 
+    async def _patiently(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Calls the journal; while its process is being replaced, calls again. No ticket is to blame for that."""
+        deadline = self._clock() + self._limits.outage_s
+        while True:
+            try:
+                return await call()
+            except WorkerLostError:
+                if self._clock() >= deadline:
+                    raise
+            await asyncio.sleep(OUTAGE_POLL_S)
+
     async def read_back(self, flight: Flight, path: str, sha256: str) -> None:
-        """Takes the rollouts of a ticket from the journal, where an earlier process has put them.
+        """Takes the rollouts of a ticket from the journal, where they were put earlier.
 
         Raises:
             DistrlError: the file is missing or damaged; nothing is sampled in its place without being told.
         """
         ticket_id = flight.ticket.ticket_id
-        _, rows = await self._journal.batch("read", path, sha256, ticket_id, timeout_s=self._limits.journal_timeout_s)
+        timeout_s = self._limits.journal_timeout_s
+        _, rows = await self._patiently(
+            lambda: self._journal.batch("read", path, sha256, ticket_id, timeout_s=timeout_s)
+        )
         flight.generation = flight.grading = rows
         flight.reference = rows if self.reference is not None else None
 
     async def _attempts(self, flight: Flight, reason: DropReason, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Makes a call until it succeeds, at most `limits.attempts` times, with a growing delay between.
 
+        A worker that dies takes no attempt: that is seldom the ticket's fault. As many deaths as attempts, though, are.
+
         Raises:
             TicketFailedError: every attempt failed. RunError: the run cannot go on, whatever the ticket.
+            DataLostError: the ticket must be sampled again.
         """
-        delay_s = self._limits.retry_delay_s
-        for left in reversed(range(self._limits.attempts)):
+        failures = 0
+        while True:
             try:
                 return await attempt()
-            except RunError:
+            except (RunError, DataLostError):
                 raise  # no fault of the ticket, and no other attempt mends it
-            except DistrlError as error:
+            except WorkerLostError as error:
+                flight.losses += 1
                 self.on_failure(flight, error)
-                if not left:
+                if flight.losses >= self._limits.attempts:
+                    detail = f"{flight.losses} workers died that had it; the last was {error}"
+                    raise TicketFailedError(DropReason.POISON, detail) from error
+            except DistrlError as error:
+                failures += 1
+                self.on_failure(flight, error)
+                if failures >= self._limits.attempts:
                     raise TicketFailedError(reason, str(error)) from error
-            await asyncio.sleep(delay_s)
-            delay_s *= 2
-        raise AssertionError("limits.call_attempts is at least 1")
+            await asyncio.sleep(self._limits.retry_delay_s * 2 ** max(0, failures - 1))
+
+    def _is_suspect(self, flight: Flight) -> bool:
+        """Whether one more dead worker would convict the ticket: it then shares no worker with another such.
+
+        Tickets that were merely beside the culprit are thereby told apart from it.
+        """
+        return flight.losses > 0 and flight.losses >= self._limits.attempts - 1
+
+    @asynccontextmanager
+    async def _judge(self, pool: Pool, member: Member, flights: Sequence[Flight]) -> AsyncIterator[None]:
+        """Takes the member out when the call shows that it is dead, or that it fails where others do not."""
+        try:
+            yield
+        except WorkerLostError as error:
+            await self.lose(pool, member, str(error))
+            raise
+        except (RunError, DataLostError):
+            raise
+        except DistrlError as error:
+            if pool.failed(member, [f.ticket.ticket_id for f in flights], self._limits.attempts):
+                limit = self._limits.attempts
+                cause = f"{limit} different tickets in a row failed there and not elsewhere; the last: {error}"
+                await self.lose(pool, member, cause)
+            raise
+        else:
+            pool.succeeded(member)
+
+    async def lose(self, pool: Pool, member: Member, cause: str) -> None:
+        """Takes a member out; whoever supervises the processes replaces it."""
+        if member in pool.members:
+            await pool.lose(member, cause)
+            self.on_loss(member, cause)
 
     async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
-        receipt, batch = await member.caller.batch(
-            "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
-        )
+        async with self._judge(self.grading, member, jobs):
+            receipt, batch = await member.caller.batch(
+                "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
+            )
         sums = (receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.components)
         rows = zip(*sums, receipt.failures, strict=True)
         return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
-        _, batch = await member.caller.batch(
-            "score", *[f.generation for f in jobs], timeout_s=self._limits.reference_timeout_s
-        )
+        assert self.reference is not None
+        async with self._judge(self.reference, member, jobs):
+            _, batch = await member.caller.batch(
+                "score", *[f.generation for f in jobs], timeout_s=self._limits.reference_timeout_s
+            )
         return [None] * len(jobs), batch
 
     def _span(self, flight: Flight, stage: str, began: float) -> None:

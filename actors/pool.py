@@ -1,17 +1,18 @@
 """The workers of one stage: who is there, how busy, and with which policy version."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from actors.calls import Caller
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Member:
-    """One worker; `busy` of its `capacity` places are taken.
+    """One worker process; `busy` of its `capacity` places are taken.
 
-    A place is one call, or in generation one response that is sampled.
+    A place is one call, or in generation one response that is sampled. A process that is started in place of a dead
+    one is another member: nothing that was known of the dead one holds for it.
     """
 
     caller: Caller
@@ -21,6 +22,16 @@ class Member:
     """Policy version that it samples from (generation only)."""
     step: int = 0
     """Optimizer step of that version."""
+    behind: bool = False
+    """It must load the newest weights before it samples (generation only)."""
+    draining: bool = False
+    """It finishes what it has and gets nothing new."""
+    suspects: int = 0
+    """Tickets under way here that may be what kills workers; never more than one."""
+    failed_tickets: set[int] = field(default_factory=set)
+    """Tickets that failed here since the last call that succeeded here."""
+    successes_elsewhere: int = 0
+    """What the pool had done when the first of them failed."""
     others: dict[str, int] = field(default_factory=dict)
     """Versions of the other weights that it holds, by name (generation only)."""
 
@@ -44,12 +55,20 @@ def anybody(member: Member) -> bool:
     return True
 
 
+def unsuspected(member: Member) -> bool:
+    """Members without a ticket that may be what kills workers; see `Pipeline`."""
+    return member.suspects == 0
+
+
 class Pool:
-    """Gives calls to the least busy member that fits; waits while there is none."""
+    """Gives calls to the least busy member that fits; waits while there is none. Members come and go at any time."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.members: list[Member] = []
+        self.lost: dict[str, str] = {}
+        """Members that were taken out because they died or failed too often, with the cause; see `forget`."""
+        self._successes = 0
         self.busy = 0
         """Places taken at all members together."""
         self._closed = False
@@ -61,6 +80,41 @@ class Pool:
         self.members.append(member)
         return member
 
+    def find(self, name: str) -> Member | None:
+        return next((m for m in self.members if m.name == name), None)
+
+    async def remove(self, member: Member) -> None:
+        """Takes a member out; calls that it has under way end as they end."""
+        if member in self.members:
+            self.members.remove(member)
+            self.busy -= member.busy  # what it still has is nobody's business here any more
+        await self.changed()
+
+    async def lose(self, member: Member, cause: str) -> None:
+        """Takes out a member that is dead or not to be trusted; whoever supervises the processes replaces it."""
+        if member in self.members:
+            self.lost[member.name] = cause
+            await self.remove(member)
+
+    def forget(self, name: str) -> bool:
+        """The supervisor knows of the loss; whether there was one."""
+        return self.lost.pop(name, None) is not None
+
+    def succeeded(self, member: Member) -> None:
+        """A call succeeded there."""
+        self._successes += 1
+        member.failed_tickets.clear()
+
+    def failed(self, member: Member, tickets: Iterable[int], limit: int) -> bool:
+        """A call with these tickets failed there; whether the member, and not the tickets, is to blame.
+
+        It is when `limit` different tickets in a row failed there while calls succeeded elsewhere in the pool.
+        """
+        if not member.failed_tickets:
+            member.successes_elsewhere = self._successes
+        member.failed_tickets.update(tickets)
+        return len(member.failed_tickets) >= limit and self._successes > member.successes_elsewhere
+
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` whenever a place becomes free or a member's version changes."""
         self._listeners.append(listener)
@@ -69,7 +123,7 @@ class Pool:
         """Takes places at the least busy member that fits and has them free, or None."""
         if self._closed:
             return None
-        free = [m for m in self.members if m.busy + places <= m.capacity and fits(m)]
+        free = [m for m in self.members if m.busy + places <= m.capacity and not (m.behind or m.draining) and fits(m)]
         if not free:
             return None
         member = min(free, key=lambda m: m.busy / m.capacity)
@@ -97,14 +151,15 @@ class Pool:
         await self.changed()
 
     async def wait_all(self, fits: Callable[[Member], bool]) -> None:
-        """Returns when every member fits."""
+        """Returns when there are members and every one of them fits."""
         async with self._changed:
-            while not all(fits(m) for m in self.members):
+            while not self.members or not all(fits(m) for m in self.members):
                 await self._changed.wait()
 
     async def give_back(self, member: Member, places: int = 1) -> None:
         member.busy -= places
-        self.busy -= places
+        if member in self.members:
+            self.busy -= places
         await self.changed()
 
     async def changed(self) -> None:

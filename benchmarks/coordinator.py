@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import LocalRef
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
 from actors.updates import UpdateLimits
 from distrl.ledger import Ledger
 from distrl.messages import BatchGrant, GenerationReceipt, GradingReceipt, JournalReceipt, LoadReceipt, StepReport
@@ -73,7 +74,7 @@ async def run(directory: Path, actors: int, tickets: int, group_size: int) -> di
         generation.add(InstantStage(f"generation-{i}", group_size), group_size)
     for i in range(max(1, actors // 10)):
         grading.add(InstantStage(f"grading-{i}", group_size), 8)
-    limits = PipelineLimits(2, 0.0, 60, 60, 60, 60, 4, 4)
+    limits = PipelineLimits(2, 0.0, 60, 60, 60, 60, 60, 4, 4)
     pipeline = Pipeline(generation, grading, None, InstantStage("journal", group_size), limits, time.time)
     settings = CoordinatorSettings(
         seed=0,

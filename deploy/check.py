@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from deploy.roles import generation_actors, own_actors
 from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.environments.registry import KNOWN, environment_factory
@@ -16,7 +17,6 @@ from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
-from distrl.tickets import weights_of
 from learners.optimizer import OptimizerSettings, check_schedule
 
 SAMPLED = {"preference": Role.OPPONENT}
@@ -142,22 +142,6 @@ def _check_actors(config: Config, samples: frozenset[Role]) -> None:
             )
 
 
-def own_actors(config: Config) -> dict[Role, int]:
-    """Generation actors that sample for one role alone; 0 where it shares those that sample for training."""
-    g = config.generation
-    return {
-        Role.EVALUATION: g.evaluation_actors,
-        Role.REFERENCE: g.reference_actors,
-        Role.OPPONENT: g.opponent_actors,
-    }
-
-
-def generation_actors(config: Config, samples: frozenset[Role]) -> dict[Role, int]:
-    """Generation actors by the role whose they are; those of the policy also sample for roles without any."""
-    counts = {Role.POLICY: config.generation.actors, **own_actors(config)}
-    return {role: counts[role] for role in weights_by_role(config, samples)}
-
-
 def check_placement(config: Config, samples: frozenset[Role]) -> None:
     """Refuse what no cluster could run; whether a certain one can, is known when it is there.
 
@@ -196,14 +180,6 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
     actors = sum(generation_actors(config, samples).values())
     if p.mode == "shared":
         check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
-
-
-def weights_by_role(config: Config, samples: frozenset[Role]) -> dict[Role, tuple[str, ...]]:
-    """By the role whose generation actors they are, the names of the weights that these hold."""
-    own = own_actors(config)
-    shared = {weights_of(role) for role in samples if not own.get(role)}
-    apart = {role: (weights_of(role),) for role in sorted(samples) if own.get(role)}
-    return {Role.POLICY: tuple(sorted({weights_of(Role.POLICY)} | shared)), **apart}
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:

@@ -2,7 +2,9 @@
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,11 @@ import ray
 
 from actors.calls import unwrap
 from deploy.publisher import Publisher
+from deploy.remote.located import whereabouts
 from deploy.run_dir import RunDir
 from distrl.config import Config
-from distrl.errors import DeadlineError, RunError
-from distrl.messages import BatchGrant, Manifest, PublishAgain, StepReport
+from distrl.errors import DeadlineError, DistrlError, RunError
+from distrl.messages import BatchGrant, LearnerStart, Manifest, PublishAgain, StepReport, TicketGrant, Whereabouts
 from learners.checkpoint import TrainState
 from learners.group import GroupStatus
 from learners.logp_check import LogpCheckSettings
@@ -28,62 +31,102 @@ if TYPE_CHECKING:
 RESOURCE = "distrl_learner"
 """A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""
 
+OUTAGE_POLL_S = 0.2
+"""Seconds between two calls to a process that is being started again."""
+
 
 class RayLink:
     """The training loop's calls to the coordinator and the policy store, and its reading of rollouts.
 
-    Each has the deadline limits.publish_timeout_s.
+    Each has the deadline limits.publish_timeout_s. Calls that meet a process which is being started again are made
+    again, for limits.outage_s at most: all of them may be told twice.
 
-    Waiting for a batch has none: how long sampling may take is bounded by the stages' own timeouts, and the
+    Waiting for a batch has no deadline: how long sampling may take is bounded by the stages' own timeouts, and the
     coordinator's answer ends when the run fails.
     """
 
-    def __init__(self, coordinator: Any, store: Any, timeout_s: float) -> None:
+    def __init__(self, coordinator: Any, store: Any, timeout_s: float, outage_s: float) -> None:
         self._coordinator = coordinator
         self._publisher = Publisher(store, timeout_s)
         self._timeout_s = timeout_s
+        self._outage_s = outage_s
+        self._session = 0
+
+    def begin(self, where: Whereabouts) -> LearnerStart:
+        """This process begins; the checkpoint that it goes on from."""
+        start: LearnerStart = self._get(lambda: self._coordinator.learner_begins.remote(where), "learner_begins")
+        self._session = start.session
+        return start
+
+    def failed(self, cause: str) -> None:
+        """The run cannot go on with this learner or another one."""
+        self._get(lambda: self._coordinator.learner_failed.remote(cause), "learner_failed")
 
     def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
-        asked = self._coordinator.next_batch.remote(step)
-        grant: BatchGrant | PublishAgain | None = self._get(asked, "next_batch", None)
-        if grant is None or isinstance(grant, PublishAgain):
-            return grant
-        tickets = []
-        for ticket in grant.tickets:
-            refs = [ticket.generation, ticket.grading, ticket.reference]
-            values = self._get([r for r in refs if r is not None], f"rollouts of ticket {ticket.ticket_id}")
-            tickets.append((values[0], values[1], values[2] if ticket.reference is not None else None))
-        return tickets, {t.ticket_id: t.staleness for t in grant.tickets}
+        while True:
+            grant: BatchGrant | PublishAgain | None = self._get(
+                lambda: self._coordinator.next_batch.remote(step, self._session), "next_batch", None
+            )
+            if grant is None or isinstance(grant, PublishAgain):
+                return grant
+            try:
+                tickets = [self._read(ticket) for ticket in grant.tickets]
+            except ray.exceptions.ObjectLostError:
+                continue  # with the coordinator that owned it or the node that held it; the journal has it
+            return tickets, {t.ticket_id: t.staleness for t in grant.tickets}
+
+    def _read(self, ticket: TicketGrant) -> Stages:
+        refs = [r for r in (ticket.generation, ticket.grading, ticket.reference) if r is not None]
+        values = self._get(lambda: refs, f"rollouts of ticket {ticket.ticket_id}")
+        return values[0], values[1], values[2] if ticket.reference is not None else None
 
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
-        version = self._get(self._coordinator.trained.remote(report, dict(staleness)), "trained")
-        return int(version)
+        told = dict(staleness)
+        return int(self._get(lambda: self._coordinator.trained.remote(report, told, self._session), "trained"))
 
     def restored(self, state: TrainState) -> int:
-        return int(self._get(self._coordinator.restored.remote(state.step), "restored"))
+        return int(self._get(lambda: self._coordinator.restored.remote(state.step, self._session), "restored"))
 
     def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
         self._publisher.publish(manifest, tensors, whole=again)
-        told = self._coordinator.published.remote(manifest.version, manifest.step, manifest.sha256, manifest.weights)
-        self._get(told, f"published, of {manifest.weights} version {manifest.version},")
+        self._get(
+            lambda: self._coordinator.published.remote(
+                manifest.version, manifest.step, manifest.sha256, manifest.weights
+            ),
+            f"published, of {manifest.weights} version {manifest.version},",
+        )
 
     def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
-        call = self._coordinator.commit_checkpoint.remote(str(path), state.step, state.version, sha256)
-        self._get(call, "commit_checkpoint")
+        self._get(
+            lambda: self._coordinator.commit_checkpoint.remote(
+                str(path), state.step, state.version, sha256, self._session
+            ),
+            "commit_checkpoint",
+        )
 
-    def _get(self, refs: Any, what: str, timeout_s: float | None = -1.0) -> Any:
+    def _get(self, call: Callable[[], Any], what: str, timeout_s: float | None = -1.0) -> Any:
         timeout_s = self._timeout_s if timeout_s == -1.0 else timeout_s
-        try:
-            return ray.get(refs, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise DeadlineError(
-                f"the learner's call {what} must be answered within limits.publish_timeout_s = {timeout_s:g} s, "
-                "got nothing; look at the coordinator's log"
-            ) from None
-        except ray.exceptions.RayTaskError as error:
-            raise unwrap(error, what) from error
-        except ray.exceptions.RayActorError as error:
-            raise RunError(f"the learner's call {what} failed: the process it went to is gone") from error
+        away_since: float | None = None
+        while True:
+            try:
+                return ray.get(call(), timeout=timeout_s)
+            except ray.exceptions.GetTimeoutError:
+                raise DeadlineError(
+                    f"the learner's call {what} must be answered within limits.publish_timeout_s = {timeout_s:g} s, "
+                    "got nothing; look at the coordinator's log"
+                ) from None
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error, what) from error
+            except ray.exceptions.ActorUnavailableError as error:
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > self._outage_s:
+                    raise DeadlineError(
+                        f"the learner's call {what} must be answered within limits.outage_s = {self._outage_s:g} s of "
+                        "the first attempt, the process it goes to is still away"
+                    ) from error
+                time.sleep(OUTAGE_POLL_S)
+            except ray.exceptions.RayActorError as error:
+                raise RunError(f"the learner's call {what} failed: the process it went to is gone") from error
 
 
 def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
@@ -132,40 +175,52 @@ def make_trainer(config: Config, run_dir: RunDir, world: World) -> Trainer:
 
 
 def worker_main(arguments: Mapping[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs, also in place of one that died."""
+    config: Config = arguments["config"]
+    limits = config.limits
+    link = RayLink(arguments["coordinator"], arguments["store"], limits.publish_timeout_s, limits.outage_s)
+    try:
+        _learn(config, arguments["run_dir"], link)
+    except DistrlError as error:
+        # Known to be beyond repair. An end without an exception: Ray Train would only start the worker again.
+        link.failed(f"{type(error).__name__}: {error}")
+
+
+def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     import torch
     from ray import train as ray_train
     from ray.train.torch import get_device
 
-    config: Config = arguments["config"]
     torch.set_num_threads(config.run.threads_per_process)
     context = ray_train.get_context()
     world = World.join(context.get_world_rank(), context.get_world_size(), get_device())
-    trainer = make_trainer(config, arguments["run_dir"], world)
-    link = RayLink(arguments["coordinator"], arguments["store"], config.limits.publish_timeout_s)
+    trainer = make_trainer(config, run_dir, world)
 
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
-    checkpoint: Path | None = arguments["checkpoint"]
-    resume = None if checkpoint is None else trainer.restore(checkpoint)
-    train(trainer, loop_settings(config, arguments["run_dir"]), link, world, resume, report)
+    start = world.from_first(partial(link.begin, whereabouts()))
+    resume = None
+    if start.checkpoint is not None:
+        resume = trainer.restore(Path(start.checkpoint))
+    elif start.publish:
+        resume = TrainState(step=0, version=0)  # the weights that the run began with, under a new version
+    train(trainer, loop_settings(config, run_dir), link, world, resume, report)
 
 
 class RayTrainGroup:
     """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
-    Args:
-        checkpoint: the one that the ledger named last, to go on from; None begins anew.
+    A worker that dies is started again by Ray Train, as often as it takes: the supervisor counts and ends the run when
+    it is too often. What the worker goes on from the coordinator says, not Ray Train.
     """
 
-    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any, checkpoint: Path | None) -> None:
+    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
         self._arguments = {
             "config": config,
             "run_dir": run_dir,
             "coordinator": coordinator,
             "store": store,
-            "checkpoint": checkpoint,
         }
         self._run_dir = run_dir
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
@@ -204,7 +259,7 @@ class RayTrainGroup:
                 run_config=RunConfig(
                     name="learner",
                     storage_path=str(self._run_dir.path / "ray_train"),
-                    failure_config=FailureConfig(max_failures=0),
+                    failure_config=FailureConfig(max_failures=-1),
                 ),
             )
             self._status = GroupStatus.RUNNING

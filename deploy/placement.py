@@ -11,8 +11,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.check import RunPlan, generation_actors
-from deploy.remote.coordinator import GENERATION_STAGES
+from deploy.check import RunPlan
+from deploy.roles import GENERATION_STAGES, generation_actors
 from distrl.config import Config
 from distrl.errors import ConfigError, DeadlineError
 from distrl.placement import Claim, Node, check_fits

@@ -8,23 +8,24 @@ import ray
 
 from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint
-from deploy.interrupt import stop_on_interrupt
+from deploy.coordinator_line import CoordinatorLine
 from deploy.learner import RayTrainGroup
 from deploy.metrics.boards import check_wandb
 from deploy.metrics.endpoint import check_port
 from deploy.metrics.run import RunMetrics
 from deploy.placement import reserve
+from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
+from deploy.roles import generation_counts
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
 from deploy.run_state import RunState, claim, read_state, release
-from deploy.stall import StallWatch
-from deploy.start import Handles, log_directory, start_actors, start_ray, wait_for_actors
+from deploy.start import log_directory, start_ray
 from deploy.summary import summarize
+from deploy.supervisor import Supervisor
+from deploy.watch import Watch
 from distrl.config import Config, load_config
-from distrl.errors import RefusedError, RunError
-from learners.group import GroupStatus
+from distrl.errors import RefusedError
 
-POLL_S = 0.2
 STOP_S = 30.0
 """Seconds that the learner's processes get to end."""
 
@@ -39,14 +40,16 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
     plan = check_run(config)
     check_wandb(config)
     check_port(config.metrics)
-    return _run(config, plan, create_run_dir(config), None, progress or Silent())
+    return _run(config, plan, create_run_dir(config), progress or Silent())
 
 
-def resumable(path: Path) -> tuple[Config, RunDir, Path]:
+def resumable(path: Path) -> tuple[Config, RunDir, Path | None]:
     """What is needed to go on with a run: its config, its directory, and the checkpoint that its ledger names last.
 
+    Without a checkpoint it goes on from the weights that it began with, and what was sampled stays.
+
     Raises:
-        RefusedError: there is no such run, it is running or finished, or it has no checkpoint.
+        RefusedError: there is no such run, or it is running or finished. RunError: the checkpoint is damaged.
     """
     run_dir = find_run(path)
     state = read_state(run_dir)
@@ -56,12 +59,7 @@ def resumable(path: Path) -> tuple[Config, RunDir, Path]:
         raise RefusedError(
             f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
         )
-    checkpoint = last_checkpoint(run_dir)
-    if checkpoint is None:
-        raise RefusedError(
-            f"{path}: the run must have a checkpoint to be resumed, it ended before the first; start anew"
-        )
-    return load_config(run_dir.config), run_dir, checkpoint
+    return load_config(run_dir.config), run_dir, last_checkpoint(run_dir)
 
 
 def resume_training(path: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -70,11 +68,11 @@ def resume_training(path: Path, progress: Progress | None = None) -> dict[str, A
     Raises:
         RefusedError: it cannot be resumed (see `resumable`). RunError: it failed.
     """
-    config, run_dir, checkpoint = resumable(path)
-    return _run(config, check_run(config), run_dir, checkpoint, progress or Silent())
+    config, run_dir, _ = resumable(path)
+    return _run(config, check_run(config), run_dir, progress or Silent())
 
 
-def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None, progress: Progress) -> dict[str, Any]:
+def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> dict[str, Any]:
     began = time.time()
     lock = claim(run_dir)
     outcome = RunState.FAILED
@@ -83,7 +81,7 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None
             progress.phase("starting Ray")
             own_ray = start_ray()
             try:
-                snapshot = _run_actors(config, plan, run_dir, checkpoint, progress, metrics)
+                snapshot = _run_actors(config, plan, run_dir, progress, metrics)
             except BaseException:
                 progress.line(f"what the processes of the run wrote: {log_directory()}")
                 raise
@@ -100,67 +98,28 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, checkpoint: Path | None
 
 
 def _run_actors(
-    config: Config,
-    plan: RunPlan,
-    run_dir: RunDir,
-    checkpoint: Path | None,
-    progress: Progress,
-    metrics: RunMetrics,
+    config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress, metrics: RunMetrics
 ) -> dict[str, Any]:
     """Starts actors and learner, watches them until the run is done or stopped, and ends them; the last snapshot."""
     progress.phase("starting actors and learner")
     reservation = reserve(config, plan)
-    handles = start_actors(config, run_dir, plan, reservation)
-    group = RayTrainGroup(config, run_dir, handles.coordinator, handles.store, checkpoint)
+    processes = RayProcesses(config, run_dir, plan, reservation)
+    line = CoordinatorLine(processes.coordinator)
+    supervisor = Supervisor(processes, line.tell, wanted(config, plan), config.limits)
+    group = RayTrainGroup(config, run_dir, processes.coordinator, processes.store)
     group.start()
     try:
-        wait_for_actors(config, handles)
-        progress.phase("evaluating the model before training" if checkpoint is None else f"going on from {checkpoint}")
-        ray.get(handles.coordinator.start.remote(), timeout=config.limits.start_timeout_s)
-        return _watch(config, run_dir, handles, group, progress, metrics)
+        return Watch(config, run_dir, supervisor, line, group, progress, metrics).until_the_end()
     finally:
         # A learner that still waits for a batch gets an error for it, so that its group ends before Ray does.
-        handles.coordinator.abort.remote("the run has ended")
+        processes.coordinator.abort.remote("the run has ended")
         group.stop(timeout_s=STOP_S)
-        for handle in handles.all():
-            ray.kill(handle)
+        for process in supervisor.processes():
+            processes.end(process.handle)
         reservation.release()
 
 
-def _watch(
-    config: Config,
-    run_dir: RunDir,
-    handles: Handles,
-    group: RayTrainGroup,
-    progress: Progress,
-    metrics: RunMetrics,
-) -> dict[str, Any]:
-    """Shows the run's progress until it is done or stopped; raises what ended it."""
-    seen = -1
-    stall = StallWatch(config.limits.stall_warning_s)
-    stopping = False
-    with stop_on_interrupt() as interrupted:
-        while True:
-            try:
-                snapshot: dict[str, Any] = ray.get(
-                    handles.coordinator.snapshot.remote(seen), timeout=config.limits.publish_timeout_s
-                )
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                raise RunError(f"the coordinator does not answer: {type(error).__name__}") from error
-            if snapshot["records"]:
-                seen = snapshot["records"][-1]["number"]
-            metrics.update(snapshot)
-            progress.update(snapshot)
-            if warning := stall.look(snapshot, time.monotonic()):
-                progress.line(warning)
-            if snapshot["failed"]:
-                raise RunError(snapshot["failed"])
-            if group.status() == GroupStatus.FAILED:
-                raise group.error() or RunError("the learner failed")
-            if group.status() == GroupStatus.FINISHED and (snapshot["done"] or snapshot["stopping"]):
-                return snapshot  # the learner has committed its last checkpoint
-            if not stopping and (interrupted.is_set() or run_dir.stop_request.exists()):
-                stopping = True
-                progress.line("stopping: the step under way is finished and a checkpoint made")
-                handles.coordinator.request_stop.remote()
-            time.sleep(POLL_S)
+def wanted(config: Config, plan: RunPlan) -> dict[str, int]:
+    """Processes of each stage."""
+    counts = {**generation_counts(config, plan.samples), "grading": config.grading.actors}
+    return {**counts, "reference": config.reference.actors} if plan.scores_reference else counts

@@ -65,6 +65,11 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def processes(self) -> Path:
+        """Which process does what; see `deploy.process_table`."""
+        return self.path / "processes.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the driver while it runs the run."""
         return self.path / "lock"

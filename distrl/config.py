@@ -287,6 +287,14 @@ class LimitsConfig(_Section):
     """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
     """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
+    liveness_timeout_s: float = Field(60.0, gt=0)
+    """Seconds within which every process must answer that it lives; one that does not is ended and replaced."""
+    restarts: int = Field(20, ge=0)
+    """Processes that may be replaced within `limits.restart_window_s`; one more ends the run with the cause."""
+    restart_window_s: float = Field(600.0, gt=0)
+    """Seconds over which restarts are counted."""
+    outage_s: float = Field(180.0, gt=0)
+    """Seconds that the coordinator, the journal or the policy store may be away before their callers give up."""
     stall_warning_s: float = Field(60.0, gt=0)
     """Seconds without progress after which the run says who is waiting for whom."""
     skipped_steps_in_a_row: int = Field(3, ge=0)

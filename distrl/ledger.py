@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from sqlite3 import Row
 from typing import NamedTuple
 
 from distrl.errors import FencedError, LedgerError
@@ -235,10 +234,14 @@ class Ledger(LedgerReader):
     def commit_checkpoint(self, path: str, *, step: int, version: int, sha256: str) -> int:
         """Names a checkpoint and commits, in the same transaction, all tickets trained up to its step.
 
+        Naming the same checkpoint again changes nothing.
+
         Returns:
             How many tickets were committed.
         """
         with self._transaction():
+            if self.rows("SELECT 1 FROM checkpoints WHERE path = ? AND sha256 = ?", path, sha256):
+                return 0
             self._db.execute(
                 "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, NULL)", (path, step, version, sha256, self._clock())
             )
@@ -295,11 +298,23 @@ class Ledger(LedgerReader):
             (new, cause, self._clock(), ticket_id),
         )
 
-    def recover(self, step: int) -> Recovery:
-        """Brings the tickets back to where the checkpoint of `step` left them.
+    def take_up(self) -> Recovery:
+        """What a coordinator finds that starts on a ledger with a past; the learner may live and hold its weights.
 
-        What was trained after it is ready again, from the journal; what was being sampled or graded is issued again.
+        What was being sampled or graded is issued again. What was trained stays so: see `roll_back`.
+        """
+        with self._transaction():
+            issued = [
+                self._return(ticket_id, ReturnCause.RESTART)
+                for ticket_id in self._in_states(TicketState.ISSUED, TicketState.GENERATED)
+            ]
+            return Recovery(self.journalled(self._in_states(TicketState.READY)), tuple(issued))
 
+    def roll_back(self, step: int) -> tuple[JournalledTicket, ...]:
+        """The learner has the weights of the checkpoint of `step` again: what was trained after it is ready again.
+
+        Returns:
+            These tickets; they are in the journal.
         Raises:
             LedgerError: a later checkpoint is committed; there is no way back behind it.
         """
@@ -307,30 +322,30 @@ class Ledger(LedgerReader):
             later = self._one("SELECT MAX(step) AS step FROM checkpoints")["step"]
             if later is not None and later > step:
                 raise LedgerError(f"the ledger has a checkpoint of step {later}, it cannot go back to step {step}")
-            for ticket_id in self._in_states(TicketState.TRAINED):
+            trained = self._in_states(TicketState.TRAINED)
+            for ticket_id in trained:
                 check_transition(ticket_id, TicketState.TRAINED, TicketState.READY)
                 self._note_return(ticket_id, TicketState.READY, ReturnCause.ROLLBACK)
                 self._db.execute(
                     "UPDATE tickets SET state = ?, trained_step = NULL, staleness = NULL WHERE ticket_id = ?",
                     (TicketState.READY, ticket_id),
                 )
-            issued = [
-                self._return(ticket_id, ReturnCause.RESTART)
-                for ticket_id in self._in_states(TicketState.ISSUED, TicketState.GENERATED)
-            ]
-            ready = self.rows(
-                "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE state = ? ORDER BY ticket_id",
-                TicketState.READY,
-            )
-            return Recovery(tuple(self._journalled(r) for r in ready), tuple(issued))
+            return self.journalled(trained)
+
+    def journalled(self, ticket_ids: Iterable[int]) -> tuple[JournalledTicket, ...]:
+        """Where the rollouts of ready tickets are."""
+        return tuple(self._journalled_ticket(ticket_id) for ticket_id in sorted(ticket_ids))
 
     def _in_states(self, *states: TicketState) -> list[int]:
         marks = ", ".join("?" * len(states))
         rows = self.rows(f"SELECT ticket_id FROM tickets WHERE state IN ({marks}) ORDER BY ticket_id", *states)
         return [r["ticket_id"] for r in rows]
 
-    def _journalled(self, row: Row) -> JournalledTicket:
-        versions = self.rows("SELECT version FROM ticket_versions WHERE ticket_id = ?", row["ticket_id"])
+    def _journalled_ticket(self, ticket_id: int) -> JournalledTicket:
+        row = self._one(
+            "SELECT * FROM tickets JOIN journal_files ON path = journal_file WHERE ticket_id = ?", ticket_id
+        )
+        versions = self.rows("SELECT version FROM ticket_versions WHERE ticket_id = ?", ticket_id)
         return JournalledTicket(
             ticket_id=row["ticket_id"],
             redraw=row["redraw"],

@@ -62,6 +62,14 @@ class LedgerReader:
         rows = self.rows("SELECT version, parent, step FROM versions ORDER BY version")
         return {r["version"]: Version(r["version"], r["parent"], r["step"]) for r in rows}
 
+    def last_published(self) -> int:
+        """The version that was published last; 0, the weights that training began with, where none was."""
+        return int(self._one("SELECT COALESCE(MAX(version), 0) AS v FROM versions WHERE published_s IS NOT NULL")["v"])
+
+    def trained_step(self) -> int:
+        """The last step of which the ledger knows; 0 before the first."""
+        return int(self._one("SELECT COALESCE(MAX(trained_step), 0) AS step FROM tickets")["step"])
+
     def epoch(self) -> int:
         """How often a process has taken the ledger over; the one that did last is its owner."""
         return int(self._one("SELECT COALESCE(MAX(epoch), 0) AS epoch FROM owners")["epoch"])

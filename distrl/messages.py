@@ -11,6 +11,30 @@ Chunk = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Which process somebody is."""
+
+    pid: int
+    host: str
+    node: str
+    """Ray's id of the node; empty outside Ray."""
+    started_ns: int
+    """When it was started, in nanoseconds since the epoch: with host and pid it names a process."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerStart:
+    """What a learner process is told when it begins."""
+
+    session: int
+    """To be given with its calls, so that those of a process that it replaces can be told apart."""
+    checkpoint: str | None
+    """Directory of the checkpoint that the ledger named last, None where there is none."""
+    publish: bool
+    """Whether the weights that it loads have to be published before the first step."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationReceipt:
     """A ticket was sampled; its rollouts are in the batch that came with this receipt."""
 

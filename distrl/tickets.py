@@ -43,6 +43,8 @@ class DropReason(StrEnum):
     GRADING_FAILED = "grading_failed"
     REFERENCE_FAILED = "reference_failed"
     JOURNAL_FAILED = "journal_failed"
+    POISON = "poison"
+    """Worker after worker died that had it."""
     RUN_ENDED = "run_ended"
 
 
@@ -72,6 +74,8 @@ class ReturnCause(StrEnum):
     """It could not be trained within `train.max_staleness` any more."""
     ABANDONED_BRANCH = "abandoned_branch"
     """Weights sampled it that no checkpoint goes back to."""
+    DATA_LOST = "data_lost"
+    """Its rollouts were lost with a node before they were in the journal."""
     JOURNAL_LOST = "journal_lost"
     """Its rollouts could not be read back."""
 

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.calls import RayCaller
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.flight import Flight
 from actors.pipeline import Grades, Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
 from actors.shifts import ShiftWatch
 from actors.updates import UpdateLimits
+from deploy.remote.located import Located
+from deploy.roles import GENERATION_STAGES, weights_by_role
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.ledger import Ledger
@@ -19,47 +22,35 @@ from distrl.schema import Role
 from distrl.tasks import load_task, prompt_index
 from distrl.values_table import read_table
 
-GENERATION_STAGES = {
-    Role.POLICY: "generation",
-    Role.EVALUATION: "evaluation",
-    Role.REFERENCE: "reference-sampling",
-    Role.OPPONENT: "opponent",
-}
-"""By role, what the generation actors are called that sample for it."""
 
+class CoordinatorActor(Coordinator, Located):
+    """`Coordinator` over the handles of the other actors.
 
-class CoordinatorActor(Coordinator):
-    """`Coordinator` over the handles of the other actors."""
+    Stages join it, when it begins and when one of their processes was replaced. Ray starts it again when its process
+    dies: it then goes on from ledger and journal, and the supervisor lets everybody join again.
+    """
 
     def __init__(
         self,
         config: Config,
         run_dir: RunDir,
-        handles: dict[str, list[Any]],
-        left_out: frozenset[str] = frozenset(),
-        samples: frozenset[Role] = frozenset(),
+        journal: Any,
+        scores_reference: bool,
+        left_out: frozenset[str],
+        samples: frozenset[Role],
     ) -> None:
-        pools = {}
-        for stage, capacity in (
-            *((stage, config.generation.slots) for stage in GENERATION_STAGES.values()),
-            ("grading", config.grading.concurrency),
-            ("reference", 1),
-        ):
-            pools[stage] = Pool(stage)
-            for i, handle in enumerate(handles.get(stage, [])):
-                pools[stage].add(RayCaller(f"{stage}-{i}", handle), capacity)
+        generation = dict.fromkeys(GENERATION_STAGES.values(), config.generation.slots)
+        self._capacity = {**generation, "grading": config.grading.concurrency, "reference": 1}
         pipeline = Pipeline(
-            pools["generation"],
-            pools["grading"],
-            pools["reference"] if handles["reference"] else None,
-            RayCaller("journal", handles["journal"][0]),
+            Pool("generation"),
+            Pool("grading"),
+            Pool("reference") if scores_reference else None,
+            RayCaller("journal", journal),
             pipeline_limits(config),
             time.time,
             episodes=config.environment.name is not None,
             own_pools={
-                role: pools[stage]
-                for role, stage in GENERATION_STAGES.items()
-                if role != Role.POLICY and handles.get(stage)
+                role: Pool(GENERATION_STAGES[role]) for role in weights_by_role(config, samples) if role != Role.POLICY
             },
         )
         recorder = Recorder(run_dir.metrics, time.time)
@@ -72,6 +63,10 @@ class CoordinatorActor(Coordinator):
             recorder,
             time.time,
         )
+
+    async def join_actor(self, stage: str, name: str, handle: Any) -> None:
+        """A stage's process is there; see `Coordinator.join`."""
+        await self.join(stage, RayCaller(name, handle), self._capacity[stage])
 
 
 def graded_watch(config: Config, recorder: Recorder) -> Callable[[Flight, Grades], None]:
@@ -118,6 +113,7 @@ def pipeline_limits(config: Config) -> PipelineLimits:
     return PipelineLimits(
         attempts=config.limits.call_attempts,
         retry_delay_s=config.limits.retry_delay_s,
+        outage_s=config.limits.outage_s,
         generation_timeout_s=config.generation.timeout_s,
         grading_timeout_s=config.grading.timeout_s,
         reference_timeout_s=config.reference.timeout_s,

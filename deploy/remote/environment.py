@@ -1,12 +1,13 @@
 """The environment actor."""
 
 from actors.environments import EnvironmentHost
+from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.environments.registry import environment_factory
 from distrl.graders.registry import importable_from
 
 
-class EnvironmentActor(EnvironmentHost):
+class EnvironmentActor(EnvironmentHost, Located):
     """`EnvironmentHost` with the run's environment.
 
     Args:

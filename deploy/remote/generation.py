@@ -7,10 +7,11 @@ from typing import Any
 import ray
 import torch
 
-from actors.calls import RayCaller, unwrap
+from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_engine
 from actors.episodes import EpisodeLimits, Episodes
 from actors.generation import Fetch, Generation
+from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.errors import DeadlineError, LostWeightsError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
@@ -20,7 +21,7 @@ from distrl.tasks.problem import Message
 from distrl.tickets import POLICY_WEIGHTS
 
 
-class GenerationActor(Generation):
+class GenerationActor(Generation, Located):
     """`Generation` with the engine that the config names, once for each of the weights that it samples from."""
 
     def __init__(
@@ -79,7 +80,7 @@ def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error, what) from error
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, WorkerLostError) as error:
             # The store's process is gone, and with it the chunks that it owned.
             raise LostWeightsError(
                 f"{what}: the policy store must have its chunks, it has lost them ({type(error).__name__}); "

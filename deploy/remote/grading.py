@@ -1,12 +1,13 @@
 """The grading actor."""
 
 from actors.grading import Grading
+from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.graders.build import Graders, build_graders, describe, resources
 from distrl.graders.registry import importable_from
 
 
-class GradingActor(Grading):
+class GradingActor(Grading, Located):
     """`Grading` with the run's graders.
 
     Args:

@@ -1,10 +1,11 @@
 """The journal's actor."""
 
 from actors.journal import Journal
+from deploy.remote.located import Located
 from deploy.run_dir import RunDir
 
 
-class JournalActor(Journal):
+class JournalActor(Journal, Located):
     """`Journal` in the run's directory."""
 
     def __init__(self, run_dir: RunDir) -> None:

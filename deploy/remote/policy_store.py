@@ -5,13 +5,14 @@ from typing import Any
 import ray
 
 from actors.policy_store import PolicyStore
+from deploy.remote.located import Located
 from distrl.messages import Chunk
 
 KEPT_VERSIONS = 2
 """Published versions in the store: the newest, and the one before it, which an actor may still be pulling."""
 
 
-class PolicyStoreActor(PolicyStore):
+class PolicyStoreActor(PolicyStore, Located):
     """`PolicyStore` that puts chunks into Ray's object store and owns them there."""
 
     def __init__(self) -> None:

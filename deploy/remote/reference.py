@@ -2,10 +2,11 @@
 
 from actors.reference import Reference
 from actors.scoring import model_scorer
+from deploy.remote.located import Located
 from distrl.config import Config
 
 
-class ReferenceActor(Reference):
+class ReferenceActor(Reference, Located):
     """`Reference` with the reference model, or with the model that training starts from."""
 
     def __init__(self, config: Config) -> None:

@@ -111,3 +111,49 @@ def test_listeners_hear_of_every_change() -> None:
         assert heard == [0, 0]
 
     run(scenario())
+
+
+def test_a_member_that_is_lost_gets_nothing_more_and_its_places_are_not_counted() -> None:
+    async def scenario() -> None:
+        pool = make_pool(2, 2)
+        first = pool.take()
+        assert first is pool.members[0]
+        await pool.lose(first, "killed")
+        assert (pool.busy, pool.lost) == (0, {"grading-0": "killed"})
+        await pool.give_back(first)
+        assert pool.busy == 0
+        assert {m.name for _ in range(2) if (m := pool.take()) is not None} == {"grading-1"}
+        assert pool.take() is None
+
+    run(scenario())
+
+
+def test_whoever_waits_gets_a_place_at_a_member_that_joins() -> None:
+    async def scenario() -> None:
+        pool = Pool("grading")
+        waiter = asyncio.create_task(pool.wait_take())
+        await asyncio.sleep(0)
+        member = pool.add(LocalCaller("grading-1", object()), 1)
+        await pool.changed()
+        assert await waiter is member
+
+    run(scenario())
+
+
+def test_one_that_drains_or_lacks_the_newest_weights_gets_nothing_new() -> None:
+    pool = make_pool(1, 1, 1)
+    pool.members[0].draining = True
+    pool.members[1].behind = True
+    assert pool.take() is pool.members[2]
+    assert pool.take() is None
+
+
+def test_a_member_is_blamed_when_different_tickets_fail_there_while_others_succeed_elsewhere() -> None:
+    pool = make_pool(4, 4)
+    bad, good = pool.members
+    assert [pool.failed(bad, [ticket], 2) for ticket in (1, 1)] == [False, False]  # the same ticket: it may be that
+    assert not pool.failed(bad, [2], 2)  # nothing succeeded elsewhere since: it may be the grader
+    pool.succeeded(good)
+    assert pool.failed(bad, [3], 2)
+    pool.succeeded(bad)
+    assert not pool.failed(bad, [4], 2)

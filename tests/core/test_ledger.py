@@ -422,7 +422,8 @@ def test_whoever_opens_a_ledger_fences_the_one_who_had_it(path: Path) -> None:
         lambda: zombie.drop(ticket_id, DropReason.RUN_ENDED, ""),
         lambda: zombie.count_attempt(ticket_id, "grading", "x"),
         lambda: zombie.commit_checkpoint("step-0", step=0, version=0, sha256="00" * 32),
-        lambda: zombie.recover(0),
+        lambda: zombie.take_up(),
+        lambda: zombie.roll_back(0),
     ]
     for write in writes:
         assert refusal(FencedError, write) == message
@@ -520,9 +521,10 @@ def test_recovery_says_of_every_ticket_why_it_went_back(ledger: Ledger, path: Pa
     trained = ticket_in(ledger, S.READY)
     ledger.mark_trained(4, {trained: 0}, parent=0)
 
-    recovery = ledger.recover(3)
-    assert [t.ticket_id for t in recovery.ready] == [3, trained]
-    assert [t.versions for t in recovery.ready] == [(0, 2), (0, 2)]
+    recovery = ledger.take_up()
+    assert [t.ticket_id for t in recovery.ready] == [3]
+    assert [t.versions for t in (*recovery.ready, *ledger.roll_back(3))] == [(0, 2), (0, 2)]
+    assert ledger.state(trained) is S.READY
     assert recovery.issued == ((1, "prompt-1", 0), (2, "prompt-2", 0))
     assert rows(path, "SELECT ticket_id, old_state, new_state, cause FROM returns ORDER BY ticket_id") == [
         {"ticket_id": 1, "old_state": "issued", "new_state": "issued", "cause": "restart"},
@@ -537,6 +539,25 @@ def test_a_step_that_is_told_again_makes_no_second_version_and_one_that_is_done_
     assert ledger.versions()[made] == Version(made, 0, 1)
     assert ledger.mark_trained(1, tickets, parent=0) == made
 
-    ledger.recover(0)
+    ledger.roll_back(0)
     again = ledger.mark_trained(1, tickets, parent=0)
     assert again == made + 1
+
+
+def test_naming_a_checkpoint_again_changes_nothing(ledger: Ledger, path: Path) -> None:
+    version = ledger.mark_trained(1, {ticket_in(ledger, S.READY): 0}, parent=0)
+    assert ledger.commit_checkpoint("step-1", step=1, version=version, sha256="00" * 32) == 1
+    before = dump(path)
+    assert ledger.commit_checkpoint("step-1", step=1, version=version, sha256="00" * 32) == 0
+    assert dump(path) == before
+
+
+def test_a_run_that_goes_on_knows_its_last_step_and_the_version_in_use(ledger: Ledger) -> None:
+    assert (ledger.trained_step(), ledger.last_published()) == (0, 0)
+    tickets = {ticket_in(ledger, S.READY): 0}
+    ledger.mark_published(ledger.mark_trained(1, tickets, parent=0), "00" * 32)
+    published = ledger.last_published()
+    ledger.mark_trained(2, {ticket_in(ledger, S.READY): 0}, parent=published)
+    assert (ledger.trained_step(), ledger.last_published()) == (2, published)
+    ledger.roll_back(0)
+    assert ledger.trained_step() == 0

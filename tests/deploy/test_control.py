@@ -121,7 +121,6 @@ def test_a_run_of_a_newer_format_is_refused(run_dir: RunDir) -> None:
     [
         (RunState.RUNNING, "the run must not be running to be resumed; stop it with: distrl stop {}"),
         (RunState.FINISHED, "the run must have steps left to be resumed, it has done all of them; start a new one"),
-        (RunState.STOPPED, "the run must have a checkpoint to be resumed, it ended before the first; start anew"),
     ],
 )
 def test_a_run_that_cannot_go_on_is_refused(run_dir: RunDir, state: RunState, message: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from actors.coordinator import Coordinator
+from actors.dispatcher import Dispatcher
 from actors.flights import Flights
 from actors.journal import Journal
 from distrl.ledger import Ledger
@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "steps since the checkpoint are forgotten after a crash",
         Ledger,
-        "recover",
+        "roll_back",
         "self._in_states(TicketState.TRAINED)",
         "()",
         7,
@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation(
         "what was being sampled is forgotten after a crash",
         Ledger,
-        "recover",
+        "take_up",
         "TicketState.ISSUED, TicketState.GENERATED",
         "TicketState.GENERATED",
         7,
@@ -71,7 +71,7 @@ MUTATIONS = (
     Mutation(
         "what was being graded is forgotten after a crash",
         Ledger,
-        "recover",
+        "take_up",
         "TicketState.ISSUED, TicketState.GENERATED",
         "TicketState.ISSUED",
         7,
@@ -79,18 +79,18 @@ MUTATIONS = (
     Mutation(
         "a ticket is drawn again under other noise", Ledger, "_return", "int(redraw), ticket_id", "1, ticket_id", 13
     ),
-    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 108),
+    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 44),
     Mutation("a granted ticket may be granted again", Flights, "grant", "self.remove(flight)", "pass", 0),
     Mutation(
         "a drop is not recorded",
-        Coordinator,
-        "_drop",
+        Dispatcher,
+        "drop",
         "self._ledger.drop(flight.ticket.ticket_id, reason, detail)",
         "pass",
         5,
     ),
     Mutation("the step does not look ahead", Admission, "choose", "and not late", "", 9),
-    Mutation("what is too old after a crash is kept", Coordinator, "_go_on", "in useless:", "in ():", 120),
+    Mutation("what is too old after a crash is kept", Flights, "hopeless", "not in trainable", "in ()", 120),
 )
 
 

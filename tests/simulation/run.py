@@ -121,7 +121,7 @@ async def _incarnation(world: World) -> bool:
         return False
     if not learner.done():
         try:
-            world.coordinator.check()
+            world.coordinator._outcome.check()
         except DistrlError as error:
             _excuse(world, error)
         return False
@@ -133,7 +133,7 @@ async def _incarnation(world: World) -> bool:
 
 
 async def _failure(world: World) -> None:
-    while world.coordinator._fatal is None:
+    while world.coordinator._outcome.fatal is None:
         await asyncio.sleep(0.5)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from actors.calls import LocalRef
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.engines.fake import FakeEngine
 from actors.generation import Generation
 from actors.grading import Grading
@@ -22,6 +22,7 @@ from actors.policy_store import PolicyStore
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.reference import Reference
+from actors.settings import CoordinatorSettings, Prompts
 from actors.updates import UpdateLimits
 from distrl.errors import DeadlineError, StageError
 from distrl.ledger import Ledger
@@ -250,7 +251,7 @@ class World:
         if schedule.reference:
             scoring.add(Wire("reference-0", Reference(_zero_logps, clock=self._loop.time), self), 1)
         journal = Wire("journal", Journal(self.disk.directory / "journal", clock=self._loop.time), self)
-        limits = PipelineLimits(3, 0.1, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2, 2)
+        limits = PipelineLimits(3, 0.1, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2, 2)
         pipeline = Pipeline(
             generation, grading, scoring if schedule.reference else None, journal, limits, self._loop.time
         )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from actors.calls import LocalCaller
-from actors.coordinator import Coordinator, CoordinatorSettings, Prompts
+from actors.coordinator import Coordinator
 from actors.engines.fake import FakeEngine
 from actors.generation import Generation
 from actors.grading import Grading
@@ -20,6 +20,7 @@ from actors.policy_store import PolicyStore
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.reference import Reference
+from actors.settings import CoordinatorSettings, Prompts
 from actors.updates import UpdateLimits
 from distrl.graders.limited import LimitedGrader
 from distrl.ledger import Ledger
@@ -162,7 +163,7 @@ def build(
         pool.add(LocalCaller(f"{role}-0", worker), slots)
     grading.add(LocalCaller("grading-0", Grading("test", _limited(grader), concurrency=8)), 8)
     scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
-    limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, grading_tickets_per_call, 2)
+    limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, 10, grading_tickets_per_call, 2)
     journal = LocalCaller("journal", Journal(directory / "journal"))
     pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock(), own_pools)
     ledger = Ledger(directory / "ledger.sqlite")

@@ -206,7 +206,7 @@ def test_a_learner_that_cannot_load_the_model_ends_the_run_with_its_cause(
 ) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(model, damaged)
-    settings = config(damaged, tmp_path, "broken")
+    settings = config(damaged, tmp_path, "broken", **{"generation.actors": 1})
     (damaged / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(RunError) as error:
         run_training(settings)

@@ -131,8 +131,8 @@ def test_a_damaged_journal_file_ends_the_resume_with_its_name(tmp_path: Path) ->
         with Path(named).open("r+b") as file:
             file.write(b"X")
         await system.coordinator.start()
-        await until(lambda: system.coordinator._fatal is not None)
-        return str(system.coordinator._fatal), named
+        await until(lambda: system.coordinator._outcome.fatal is not None)
+        return str(system.coordinator._outcome.fatal), named
 
     run(stop_with_a_batch_ready(tmp_path))
     ledger = Ledger(tmp_path / "ledger.sqlite")
@@ -167,7 +167,7 @@ def test_the_ledger_does_not_go_back_behind_a_committed_checkpoint(tmp_path: Pat
         await system.learn(1)
         await system.checkpoint(1, version=1)
         with pytest.raises(LedgerError) as error:
-            system.ledger.recover(0)
+            system.ledger.roll_back(0)
         assert str(error.value) == "the ledger has a checkpoint of step 1, it cannot go back to step 0"
 
     run(scenario())
@@ -180,8 +180,7 @@ def test_tickets_trained_after_the_checkpoint_are_ready_again(tmp_path: Path) ->
         await system.learn(1)
         await system.checkpoint(1, version=1)
         second = [t.ticket_id for t in (await system.learn(2)).tickets]
-        recovery = system.ledger.recover(1)
-        assert set(second) <= {kept.ticket_id for kept in recovery.ready}
+        assert {kept.ticket_id for kept in system.ledger.roll_back(1)} == set(second)
         assert states(system)["committed"] == 2
         assert "trained" not in states(system)
 

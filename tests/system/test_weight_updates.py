@@ -106,7 +106,7 @@ def test_a_publication_in_time_ends_its_clock(tmp_path: Path) -> None:
         await system.coordinator.start()
         await system.learn(1)
         await asyncio.sleep(0.1)  # twice the time that it had
-        system.coordinator.check()
+        system.coordinator._outcome.check()
 
     run(scenario())
 

@@ -1,0 +1,228 @@
+"""Issues tickets and sees each through its stages, until it waits for the learner or is dropped."""
+
+from collections import deque
+from collections.abc import Callable
+
+from actors.calls import DataLostError
+from actors.flight import Flight
+from actors.flights import Flights
+from actors.outcome import Outcome
+from actors.pipeline import Pipeline, TicketFailedError
+from actors.policy_versions import PolicyVersions
+from actors.pool import Member
+from actors.recorder import Recorder
+from actors.settings import CoordinatorSettings, Prompts
+from actors.waits import Stopwatch
+from distrl.errors import DistrlError, RunError
+from distrl.ledger import Draw, JournalledTicket, Ledger
+from distrl.schema import Role
+from distrl.seeding import Purpose
+from distrl.tickets import DropReason, ReturnCause, Ticket
+
+
+class Dispatcher:
+    """The part of the coordinator between a draw and the ready buffer.
+
+    Attributes:
+        issuing: whether new tickets may be issued at all; how many, the staleness contract says.
+        flights: the tickets under way and in the learner's hands.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        ledger: Ledger,
+        prompts: Prompts,
+        pipeline: Pipeline,
+        versions: PolicyVersions,
+        recorder: Recorder,
+        outcome: Outcome,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._prompts = prompts
+        self._pipeline = pipeline
+        self._versions = versions
+        self._recorder = recorder
+        self._outcome = outcome
+        self._clock = clock
+        self.issuing = False
+        self.flights = Flights(
+            settings.admission, settings.on_stale, settings.ready_bytes, trained_steps=ledger.trained_step()
+        )
+        self.held = Stopwatch(clock)
+        """While generation is idle because only the learner's progress allows to issue more."""
+        self._again: deque[Draw] = deque()  # issued before, and to be sampled again
+        self._drops_in_a_row = 0
+        pipeline.generation.on_change(self.issue)
+        pipeline.on_failure = self._count_failure
+
+    async def take_up(self) -> tuple[int, int]:
+        """Takes up the tickets of an earlier process: how many were ready, and how many are sampled again.
+
+        Raises:
+            DistrlError: the journal does not have what the ledger says.
+        """
+        recovery = self._ledger.take_up()
+        for kept in recovery.ready:
+            self.flights.take_back(await self._read_back(kept))
+        self._again.extend(recovery.issued)
+        return len(recovery.ready), len(recovery.issued)
+
+    async def roll_back(self, step: int) -> int:
+        """The learner stands at `step` again, on the version that is now the published one.
+
+        Returns:
+            How many tickets that were trained are ready again.
+        """
+        for flight in (*self.flights.under_way.values(), *self.flights.granted.values()):
+            flight.oldest_step = min(flight.oldest_step, self._versions.step_of(*flight.versions))
+        returned = [await self._read_back(kept) for kept in self._ledger.roll_back(step)]
+        self.flights.roll_back(step, returned)
+        self._return_hopeless(step)
+        return len(returned)
+
+    async def refresh(self, flights: list[Flight]) -> None:
+        """Takes the columns of ready tickets from the journal again; the ones that they had may be lost."""
+        kept = self._ledger.journalled(flight.ticket.ticket_id for flight in flights)
+        for flight, ticket in zip(sorted(flights, key=lambda f: f.ticket.ticket_id), kept, strict=True):
+            await self._pipeline.read_back(flight, ticket.journal_file, ticket.journal_sha256)
+
+    async def _read_back(self, kept: JournalledTicket) -> Flight:
+        flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), self._versions.step_of(*kept.versions))
+        flight.versions = kept.versions
+        flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
+        flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
+        await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
+        return flight
+
+    def issue(self) -> None:
+        """Issues as many tickets as the staleness contract and the free places allow."""
+        settings, flights = self._settings, self.flights
+        held = False
+        while self.issuing and self._outcome.fatal is None and flights.wanted(settings.steps) > 0:
+            if not flights.may_issue():
+                held = True
+                break
+            oldest_step = settings.admission.oldest_step_for(flights.outstanding, self._versions.published.step)
+            member = self._pipeline.generation.take(settings.group_size, at_least(oldest_step))
+            if member is None:
+                break
+            self._launch(member, self._again.popleft() if self._again else self._draw())
+        # Held back: there are free places, and only the learner's progress allows to fill them.
+        self.held.set(held and self._pipeline.generation.busy == 0)
+
+    def _draw(self) -> Draw:
+        return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
+
+    def _launch(self, member: Member, draw: Draw) -> None:
+        flight = self._flight(draw, oldest_step=member.step)
+        flight.versions = (member.version,)  # the oldest that may sample it
+        self.flights.add(flight)
+        self._outcome.spawn(self._carry(flight, member))
+
+    def _flight(self, draw: Draw, oldest_step: int) -> Flight:
+        ticket_id, prompt_id, redraw = draw
+        problem = self._prompts.draw(ticket_id)
+        if problem.prompt_id != prompt_id:
+            raise RunError(
+                f"ticket {ticket_id} was drawn as prompt {prompt_id}, the data now gives {problem.prompt_id}; a run "
+                "goes on with the data it began with"
+            )
+        ticket = Ticket(
+            ticket_id=ticket_id,
+            redraw=redraw,
+            prompt_id=prompt_id,
+            prompt=problem.prompt,
+            role=Role.POLICY,
+            group_size=self._settings.group_size,
+            stream=(self._settings.seed, int(Purpose.SAMPLING), ticket_id, redraw),
+            messages=problem.messages,
+            v_star=self._prompts.values.get(prompt_id),
+        )
+        return Flight(ticket, problem, oldest_step, issued_s=self._clock())
+
+    async def _carry(self, flight: Flight, member: Member) -> None:
+        """Takes one ticket through its stages until it is ready, dropped, or has to be sampled again."""
+        ticket_id = flight.ticket.ticket_id
+        try:
+            # Looked at with every attempt: a roll-back may ask for less meanwhile.
+            receipt = await self._pipeline.sample(flight, member, lambda m: m.step >= flight.oldest_step)
+            flight.versions = receipt.versions
+            flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
+            flight.oldest_step = self._versions.step_of(*receipt.versions)
+            flight.response_tokens = receipt.response_tokens
+            self.flights.sampled(flight, receipt.bytes)
+            self._ledger.mark_generated(
+                ticket_id,
+                versions=receipt.versions,
+                rollouts=receipt.rollouts,
+                response_tokens=receipt.response_tokens,
+            )
+            grades = await self._pipeline.grade_and_score(flight)
+            flight.reward_mean = grades.reward_sum / grades.rollouts
+            journalled = await self._pipeline.journal(flight)
+        except TicketFailedError as error:
+            self.drop(flight, error.reason, error.detail)
+            self._count_drop(error)
+        except DataLostError as error:
+            self._count_failure(flight, error)
+            self.sample_again(flight, ReturnCause.DATA_LOST)
+        else:
+            self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
+            self.flights.ready(flight, self._clock())
+            self._drops_in_a_row = 0
+        self.issue()
+        await self._outcome.notify()
+
+    def sample_again(self, flight: Flight, cause: ReturnCause) -> None:
+        """What was sampled for a ticket is lost or of no use: it is issued again, with the same noise."""
+        self.flights.remove(flight)
+        again = self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=False)
+        # In the order of tickets, as they were drawn: synchronous batches depend on it.
+        self._again = deque(sorted((*self._again, again)))
+
+    def drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
+        self.flights.remove(flight)
+        self._ledger.drop(flight.ticket.ticket_id, reason, detail)
+
+    def _count_drop(self, error: TicketFailedError) -> None:
+        self._recorder.event("dropped", str(error))
+        self._drops_in_a_row += 1
+        limit = self._settings.drops_in_a_row
+        if self._drops_in_a_row > limit:
+            self._outcome.fail(
+                RunError(
+                    f"limits.drops_in_a_row: at most {limit} tickets may be dropped with none becoming ready between "
+                    f"them, got {self._drops_in_a_row}; the last cause was {error}"
+                )
+            )
+
+    def _count_failure(self, flight: Flight, error: DistrlError) -> None:
+        where = f"ticket {flight.ticket.ticket_id} in {flight.stage}"
+        self._recorder.failed_call(flight.stage, f"{where}: {error}")
+        if flight.ticket.role == Role.POLICY:
+            self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
+
+    def choose(self, step: int) -> list[Flight]:
+        """The batch of the step from learner step `step`, in the order of ticket ids; empty: not yet."""
+        batch = self.flights.choose(step)
+        if not batch and self._return_hopeless(step):
+            self.issue()
+            batch = self.flights.choose(step)
+        return batch
+
+    def _return_hopeless(self, step: int) -> int:
+        """Ready tickets too far from the weights that the learner was rolled back to are sampled again; how many."""
+        hopeless = self.flights.hopeless(step)
+        for flight in hopeless:
+            self.sample_again(flight, ReturnCause.TOO_STALE)
+        if hopeless:
+            self._recorder.event("returned", f"{len(hopeless)} tickets of weights that were left are sampled again")
+        return len(hopeless)
+
+
+def at_least(step: int) -> Callable[[Member], bool]:
+    """Members whose weights have done `step` optimizer steps."""
+    return lambda member: member.step >= step
