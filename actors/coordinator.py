@@ -356,6 +356,8 @@ class Coordinator:
         if weights != POLICY_WEIGHTS:
             if self._opponents.arrived(version):
                 self._opponent_weights.published = Version(version, None, step)
+                if self._resumed:
+                    self._dispatcher.first_opponent = version
             await self._outcome.notify()
             return
         await self._outcome.wait_for(self._recovered)
@@ -366,6 +368,11 @@ class Coordinator:
         self._versions.publish(version, manifest_sha256)
         self._dispatcher.flights.release()
         every = self._settings.evaluate_every_steps
+        if self._resumed and self._settings.opponents and not self._dispatcher.first_opponent:
+            raise RunError(
+                f"the learner must publish the weights {weights_of(Role.OPPONENT)} of its checkpoint before policy "
+                f"version {version}, got none; tickets would meet the model that the run began with"
+            )
         if self._resumed:
             await self._hear_of_learner()
         elif step == self._settings.steps:

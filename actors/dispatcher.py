@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 
+from actors.beside import Beside
 from actors.calls import DataLostError
 from actors.flight import Flight
 from actors.flights import Flights
@@ -17,7 +18,7 @@ from distrl.errors import DistrlError, RunError
 from distrl.ledger import Draw, JournalledTicket, Ledger
 from distrl.schema import Role
 from distrl.seeding import Purpose
-from distrl.tickets import DropReason, ReturnCause, Ticket
+from distrl.tickets import DropReason, ReturnCause, Ticket, weights_of
 
 
 class Dispatcher:
@@ -48,6 +49,9 @@ class Dispatcher:
         self._outcome = outcome
         self._clock = clock
         self.issuing = False
+        self.first_opponent = 0
+        """Oldest version that opponents are sampled from; after a restart engines start from weights that are none."""
+        self._beside = Beside(pipeline, settings.seed, clock)
         self.flights = Flights(
             settings.admission, settings.on_stale, settings.ready_bytes, trained_steps=ledger.trained_step()
         )
@@ -160,6 +164,8 @@ class Dispatcher:
                 rollouts=receipt.rollouts,
                 response_tokens=receipt.response_tokens,
             )
+            if self._settings.opponents:
+                await self._sample_opponents(flight)
             grades = await self._pipeline.grade_and_score(flight)
             flight.reward_mean = grades.reward_sum / grades.rollouts
             journalled = await self._pipeline.journal(flight)
@@ -175,6 +181,21 @@ class Dispatcher:
             self._drops_in_a_row = 0
         self.issue()
         await self._outcome.notify()
+
+    async def _sample_opponents(self, flight: Flight) -> None:
+        """As many opponents as the ticket has responses, from the newest weights that the actors have of them.
+
+        The noise is the ticket's, so that opponents of an actor that died are drawn again, and not others.
+        """
+        ticket, weights = flight.ticket, weights_of(Role.OPPONENT)
+        met = await self._beside.sample(
+            Role.OPPONENT,
+            ticket.ticket_id,
+            flight.problem,
+            ticket.group_size,
+            lambda member: member.others.get(weights, 0) >= self.first_opponent,
+        )
+        flight.opponents = met.flight.generation
 
     def sample_again(self, flight: Flight, cause: ReturnCause) -> None:
         """What was sampled for a ticket is lost or of no use: it is issued again, with the same noise."""

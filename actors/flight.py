@@ -23,6 +23,8 @@ class Flight:
     generation: Any = None
     grading: Any = None
     reference: Any = None
+    opponents: Any = None
+    """Reference to the generation batch of the ticket's opponents, where it has some."""
     bytes: int = 0
     versions: tuple[int, ...] = ()
     """All policy versions that sampled one of its tokens."""

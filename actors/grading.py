@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from actors.comparing import against_opponents, within_pairs
 from distrl.errors import StageError
 from distrl.graders.combined import AsyncGrader
 from distrl.graders.grade import Grade, Response, one_each, who_failed
 from distrl.messages import GradingReceipt
-from distrl.schema import Stage, record_batch
+from distrl.preferences import Judge
+from distrl.schema import Role, Stage, record_batch
 from distrl.tasks.problem import Problem
 
 
@@ -22,23 +24,34 @@ class Grading:
 
     Args:
         grader_name: for the `grader` column.
+        judge: compares responses; None where nothing reads a preference.
+        opponents: that each response meets, with a judge; 0 compares the responses of a ticket in pairs.
         concurrency: tickets graded at the same time.
         clock: seconds since the epoch.
     """
 
     def __init__(
-        self, grader_name: str, grader: AsyncGrader, concurrency: int, clock: Callable[[], float] = time.time
+        self,
+        grader_name: str,
+        grader: AsyncGrader,
+        concurrency: int,
+        clock: Callable[[], float] = time.time,
+        judge: Judge | None = None,
+        opponents: int = 0,
     ) -> None:
         self._name = grader_name
         self._grader = grader
         self._clock = clock
+        self._judge = judge
+        self._opponents = opponents
         self._places = asyncio.Semaphore(concurrency)
 
     @ray.method(num_returns=2)
     async def grade(
         self, problems: Mapping[str, Problem], *batches: pa.RecordBatch
     ) -> tuple[GradingReceipt, pa.RecordBatch]:
-        """Grades the rollouts of several tickets, one generation batch each.
+        """Grades the rollouts of several tickets, one generation batch each; opponents of a ticket are a batch of their
+        own, with its number.
 
         A ticket that cannot be graded is named in the receipt, and its rollouts are not in the batch.
 
@@ -48,9 +61,12 @@ class Grading:
             StageError: no ticket could be graded; never a reward instead.
         """
         started_s = self._clock()
-        found = await asyncio.gather(*(self._ticket(problems, batch) for batch in batches))
-        failures = tuple(str(grades) if isinstance(grades, StageError) else None for grades in found)
-        graded = [() if isinstance(grades, StageError) else grades for grades in found]
+        opponents = {batch.column("ticket_id")[0].as_py(): batch for batch in batches if _role(batch) == Role.OPPONENT}
+        batches = tuple(batch for batch in batches if _role(batch) != Role.OPPONENT)
+        found = await asyncio.gather(*(self._judged(problems, batch, opponents) for batch in batches))
+        failures = tuple(str(one) if isinstance(one, StageError) else None for one in found)
+        graded = [() if isinstance(one, StageError) else one[0] for one in found]
+        preferences = [p for one in found if not isinstance(one, StageError) for p in one[1]]
         for error in found:
             if isinstance(error, StageError) and all(failures):
                 raise error
@@ -60,7 +76,7 @@ class Grading:
             for rollout_id in (batch.column("rollout_id").to_pylist() if failure is None else ())
         ]
         finished_s = self._clock()
-        batch = self._batch(ids, [g for ticket in graded for g in ticket], (started_s, finished_s))
+        batch = self._batch(ids, [g for ticket in graded for g in ticket], preferences, (started_s, finished_s))
         receipt = GradingReceipt(
             reward_sums=tuple(sum(g.reward for g in ticket) for ticket in graded),
             correct=tuple(sum(g.verdict == "correct" for g in ticket) for ticket in graded),
@@ -79,7 +95,11 @@ class Grading:
         self._grader.close()
 
     def _batch(
-        self, rollout_ids: Sequence[str], grades: Sequence[Grade], time_s: tuple[float, float]
+        self,
+        rollout_ids: Sequence[str],
+        grades: Sequence[Grade],
+        preferences: Sequence[float | None],
+        time_s: tuple[float, float],
     ) -> pa.RecordBatch:
         columns: dict[str, Any] = {
             "rollout_id": rollout_ids,
@@ -88,10 +108,41 @@ class Grading:
             "reason": [g.reason for g in grades],
             "components": [list(g.components.items()) for g in grades],
             "grader": [self._name] * len(grades),
+            "preference": preferences,
             "grading_started_s": [time_s[0]] * len(grades),
             "grading_finished_s": [time_s[1]] * len(grades),
         }
         return record_batch(Stage.GRADING, columns)
+
+    async def _judged(
+        self, problems: Mapping[str, Problem], batch: pa.RecordBatch, opponents: Mapping[int, pa.RecordBatch]
+    ) -> tuple[Sequence[Grade], Sequence[float | None]] | StageError:
+        """Grades of a ticket, and the preferences of its responses, null where nobody compares them."""
+        grades = await self._ticket(problems, batch)
+        if isinstance(grades, StageError):
+            return grades
+        judge = self._judge
+        if judge is None or _role(batch) != Role.POLICY:
+            return grades, [None] * len(grades)
+        problem = problems[batch.column("prompt_id")[0].as_py()]
+        ours = [grade.reward for grade in grades]
+        try:
+            if not self._opponents:
+                return grades, await asyncio.to_thread(within_pairs, judge, problem, batch, ours)
+            theirs = opponents.get(number := batch.column("ticket_id")[0].as_py())
+            if theirs is None:
+                raise StageError(f"ticket {number} must be graded with its opponents, got none")
+            rewards = None
+            if judge.reads_rewards:
+                met = await self._ticket(problems, theirs)
+                if isinstance(met, StageError):
+                    return met
+                rewards = (ours, [grade.reward for grade in met])
+            return grades, await asyncio.to_thread(
+                against_opponents, judge, problem, batch, theirs, rewards, self._opponents
+            )
+        except StageError as error:
+            return error
 
     async def _ticket(self, problems: Mapping[str, Problem], batch: pa.RecordBatch) -> Sequence[Grade] | StageError:
         rows = [problems[prompt_id] for prompt_id in batch.column("prompt_id").to_pylist()]
@@ -113,6 +164,10 @@ def _means(grades: Sequence[Grade]) -> dict[str, float]:
         for name, value in grade.components.items():
             sums[name] = sums.get(name, 0.0) + value
     return {name: total / len(grades) for name, total in sums.items()}
+
+
+def _role(batch: pa.RecordBatch) -> str:
+    return str(batch.column("role")[0].as_py())
 
 
 def _responses(batch: pa.RecordBatch) -> list[Response]:

@@ -277,7 +277,11 @@ class Pipeline:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
         async with self._judge(self.grading, member, jobs):
             receipt, batch = await member.caller.batch(
-                "grade", problems, *[f.generation for f in jobs], timeout_s=self._limits.grading_timeout_s
+                "grade",
+                problems,
+                *[f.generation for f in jobs],
+                *[f.opponents for f in jobs if f.opponents is not None],
+                timeout_s=self._limits.grading_timeout_s,
             )
         sums = (receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.components)
         rows = zip(*sums, receipt.failures, strict=True)

@@ -31,7 +31,7 @@ from distrl.seeding import Purpose
 from distrl.tasks import Problem, load_task, prompt_index
 from distrl.tickets import Ticket
 from distrl.weights import policy_tensors
-from learners.loop import Stages, Trainer
+from learners.trainer import Stages, Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ async def _train(
             break
         oldest = min(min(row) for generated, *_ in batch for row in generated.column("policy_versions").to_pylist())
         ages.append(step - oldest)
-        metrics = trainer.step(trainer.training_batch(batch), step + 1)
+        metrics = dict(trainer.step(trainer.training_batch(batch), step + 1).metrics)
     return Outcome(tuple(points), tuple(ages), _sha256(model))
 
 

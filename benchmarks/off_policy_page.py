@@ -102,6 +102,7 @@ def render(results: Sequence[Result]) -> str:
         "**Stable**: the final held-out accuracy of every seed is at least that of its start. **Collapse**: that of "
         "every seed is below half of it.",
         "",
+        *_short(seeds),
         "## Result",
         "",
         "Held-out accuracy at the end, per seed; the start is "
@@ -135,6 +136,11 @@ def render(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def _short(seeds: Sequence[int]) -> list[str]:
+    """What is missing of the planned three seeds."""
+    return [] if len(seeds) >= 3 else [f"**Only {len(seeds)} seeds so far**; three are planned.", ""]
+
+
 def _start(results: Sequence[Result], seed: int) -> float:
     return float(next(r for r in results if r["seed"] == seed)["points"][0]["accuracy"])
 
@@ -154,6 +160,19 @@ def findings(results: Sequence[Result]) -> list[str]:
         f"- At 16 steps the highest mean accuracy is {LABELS[best]}'s, {means[best]:.3f}; on fresh data the means are "
         + ", ".join(f"{LABELS[o]} {_mean(of(results, o, 'lag-0')):.3f}" for o in OBJECTIVES)
         + "."
+    )
+    stale = [regime for regime in REGIMES if regime != "lag-0"]
+    ranks = {TITLES[r]: sorted(OBJECTIVES, key=lambda o: -_mean(of(results, o, r)))[:2] for r in stale}
+    lines.append(
+        "- Highest mean accuracies on stale data: "
+        + "; ".join(f"{title}: {LABELS[first]}, then {LABELS[second]}" for title, (first, second) in ranks.items())
+        + "."
+    )
+    lines.append(
+        "- A reading, not a measurement: TIS on whole responses and TOPR treat wrong answers alike, min(ratio, 1), and "
+        "differ in the right ones, which TOPR keeps at weight 1. Where the former collapses, right answers that have "
+        "become unlikely have lost their weight, and what is left pushes down. That TOPR ends above GRPO, whose clip "
+        "and standardized credit bound its updates too, shows only where TOPR is named first above."
     )
     return lines
 
@@ -200,7 +219,7 @@ def draw(results: Sequence[Result]) -> None:
         panels[0].set_ylim(bottom=0)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(OBJECTIVES), frameon=False)
         figure.tight_layout(rect=(0, 0.09, 1, 1))
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from deploy.preferences import check_preference
 from deploy.roles import generation_actors, own_actors
 from deploy.values import RunValues, check_values
 from distrl.config import Config
@@ -12,6 +13,7 @@ from distrl.graders.build import Graders, chosen_graders, describe, lowest_rewar
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
+from distrl.objectives.upkeep import Frozen
 from distrl.placement import Claim, check_shares
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
@@ -22,7 +24,12 @@ from learners.optimizer import OptimizerSettings, check_schedule
 SAMPLED = {"preference": Role.OPPONENT}
 """Columns that need responses of others than the policy while a run trains, with whose."""
 
-PRODUCED = frozenset({"policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"})
+PRODUCED = frozenset(
+    {
+        *("policy", "behavior", "proximal", "reference", "rewards", "group", "values", "v_star"),
+        *("preference", "pairs", "pair_preference"),
+    }
+)
 """Models and columns that a run can produce for an objective."""
 
 
@@ -41,8 +48,15 @@ class RunPlan:
     """Tokens."""
     values: RunValues
     """Optimal values of the prompts, where the objective reads them."""
+    opponents: int = 0
+    """Opponents that each response is compared with."""
     samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
     """Roles that generation actors sample for."""
+
+
+def moving(recipe: Recipe) -> frozenset[str]:
+    """The models that follow the policy, which the learner keeps; a frozen one is no such model."""
+    return frozenset(name for name, kept in recipe.upkeep.items() if not isinstance(kept, Frozen))
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -81,10 +95,12 @@ def check_run(config: Config) -> RunPlan:
     task = whole.without(lengths.left_out)
     graders = check_graders(config, task)
     recipe = build_recipe(config)
-    check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=PRODUCED)
+    # What follows the policy is kept and scored by the learner.
+    produced = PRODUCED | recipe.upkeep.keys()
+    check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=produced)
     check_heldout(config, task)
     _check_learner(config, lengths.longest)
-    scores_reference = "reference" in required_columns(recipe)
+    scores_reference = "reference" in required_columns(recipe) and "reference" not in moving(recipe)
     if config.reference.path is not None and not scores_reference:
         raise ConfigError(
             f"reference.path must be empty for objective.recipe {config.objective.recipe} as configured, got "
@@ -109,6 +125,7 @@ def check_run(config: Config) -> RunPlan:
         lengths.left_out,
         lengths.longest,
         values,
+        check_preference(config, recipe),
         samples,
     )
 
@@ -313,6 +330,9 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
     )
     if plan.values.unsolved:
         left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
+    if c.preference.function is not None:
+        how = f"{plan.opponents} opponent(s) each" if plan.opponents else "in pairs"
+        reference += f"; {c.preference.function} compares responses with {how}"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
         f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "

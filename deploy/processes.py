@@ -115,7 +115,8 @@ class RayProcesses:
             return self._make(GenerationActor, options, self._config, name, self.store, weights, self.environments)
         match stage:
             case "grading":
-                return self._make(GradingActor, options, self._config, self._plan.graders, os.getcwd())
+                arguments = (self._config, self._plan.graders, os.getcwd(), self._plan.opponents)
+                return self._make(GradingActor, options, *arguments)
             case "reference":
                 return self._make(ReferenceActor, options, self._config)
         raise RunError(f"a process must be one of a stage that the run has, got {stage}")

@@ -174,6 +174,21 @@ class ValuesConfig(_Section):
     """Trains on the prompts alone that a response of the reference solved."""
 
 
+class PreferenceConfig(_Section):
+    """How responses are compared, for objectives that read preferences."""
+
+    function: str | None = None
+    """`reward_difference`, or `module:function` of the form (first, second, answer, metadata) -> P(first beats
+    second)."""
+    symmetrize: bool = False
+    """Takes the mean of both positions, for a judge that prefers one; else a function that is not antisymmetric is an
+    error."""
+    scale: float = Field(1.0, gt=0)
+    """`reward_difference`: P = 1 / (1 + exp(-(reward - opponent's reward) / scale))."""
+    opponents: int = Field(1, ge=1)
+    """Opponents that each response meets, of the `rollout.group_size` that a ticket has; the mean is taken."""
+
+
 class LoraConfig(_Section):
     """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
 
@@ -324,6 +339,7 @@ class Config(_Section):
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     vstar: ValuesConfig = ValuesConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

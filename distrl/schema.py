@@ -85,6 +85,7 @@ _GRADING_FIELDS = [
     _field("reason", pa.string(), nullable=True),
     _field("components", pa.map_(pa.string(), pa.float64())),
     _field("grader", pa.string()),
+    _field("preference", pa.float64(), nullable=True),
     _field("grading_started_s", pa.float64()),
     _field("grading_finished_s", pa.float64()),
 ]
@@ -272,6 +273,9 @@ def _check_grades(stage: Stage, batch: pa.RecordBatch) -> None:
     rewards = _numpy(batch.column("reward"))
     for row in np.flatnonzero(~np.isfinite(rewards.astype(np.float64))):
         _refuse(stage, batch, int(row), "reward must be finite", rewards[row].item())
+    for index, value in enumerate(batch.column("preference").to_pylist()):
+        if value is not None and not 0.0 <= value <= 1.0:
+            _refuse(stage, batch, index, "preference must be in [0, 1]", value)
     for index, components in enumerate(batch.column("components").to_pylist()):
         for name, value in components:
             if value is None or not np.isfinite(value):

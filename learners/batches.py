@@ -48,6 +48,15 @@ def training_batch(
     }
     if all(reference is not None for _, _, reference in tickets):
         tensors["ref_logps"] = pad_lists(rollouts.column("ref_logps"), mask, torch.float32)
+    if not rollouts.column("preference").null_count:
+        preference = torch.from_numpy(rollouts.column("preference").to_numpy().copy())
+        first = torch.arange(0, rollouts.num_rows - 1, 2)
+        # Responses 2 i and 2 i + 1 of a ticket are the pair that was compared, where a ticket's own were.
+        tensors |= {
+            "preference": preference,
+            "pairs": torch.stack([first, first + 1], 1),
+            "pair_preference": preference[first],
+        }
     if not rollouts.column("v_star").null_count:
         tensors["v_star"] = torch.from_numpy(rollouts.column("v_star").to_numpy().copy())
     versions = pad_lists(rollouts.column("policy_versions"), mask, torch.int64)

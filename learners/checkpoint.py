@@ -36,6 +36,9 @@ TRAINING_FILES = (TRAINING, "state.json")
 # Said of every checkpoint of a single worker, which is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+Anchored = Mapping[str, Mapping[str, Tensor]]
+"""By name, the parameters of a model that follows the policy."""
+
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -74,7 +77,13 @@ class CheckpointWriter:
         self._pending: Future[Written | None] | None = None
 
     def begin(
-        self, directory: Path, model: Any, trained: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+        self,
+        directory: Path,
+        model: Any,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        anchors: Anchored | None = None,
     ) -> None:
         """Copies what is to be written and starts to write it; `finished` must have been called since the last one.
 
@@ -84,11 +93,12 @@ class CheckpointWriter:
             directory: appears when everything in it is written.
             model: the Hugging Face model, with `save_pretrained`.
             trained: the module that `optimizer` was made for.
+            anchors: of the models that follow the policy.
         """
         aside = directory.with_name(directory.name + ".partial")
         self._world.from_first(lambda: _make_empty(aside))
         weights, options = get_state_dict(trained, optimizer, options=_OPTIONS)
-        sharded = _copy({"weights": weights, "optimizer": options})
+        sharded = _copy({"weights": weights, "optimizer": options, **_kept(anchors)})
         whole = _copy(whole_tensors(model, self._world.first))
         self._pending = self._thread.submit(self._write, directory, aside, model, sharded, whole, state)
 
@@ -139,9 +149,13 @@ class CheckpointWriter:
 
 
 def load_checkpoint(
-    directory: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None
+    directory: Path,
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World | None = None,
+    anchors: Anchored | None = None,
 ) -> TrainState:
-    """Restores trained parameters and optimizer in place; every worker calls it and reads its own part.
+    """Restores trained parameters, optimizer and anchors in place; every worker calls it and reads its own part.
 
     Raises:
         RunError: the directory is not a complete checkpoint, of another format, or of another model.
@@ -160,7 +174,7 @@ def load_checkpoint(
             f"checkpoint {directory}: {TRAINING}/.metadata must be there; the directory is not a complete checkpoint"
         )
     weights, options = get_state_dict(trained, optimizer, options=_OPTIONS)
-    found: dict[str, Any] = {"weights": weights, "optimizer": options}
+    found: dict[str, Any] = {"weights": weights, "optimizer": options, **_kept(anchors)}
     try:
         state_dict_loader.load(
             found,
@@ -218,3 +232,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _kept(anchors: Anchored | None) -> dict[str, Anchored]:
+    """A checkpoint of an objective without anchors has no entry for them."""
+    return {"anchors": anchors} if anchors else {}

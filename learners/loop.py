@@ -11,7 +11,7 @@ from torch import Tensor
 from distrl.manifest import describe
 from distrl.messages import Manifest, PublishAgain, StepReport
 from learners.checkpoint import TrainState, Written
-from learners.trainer import LoopSettings, Stages, Trainer
+from learners.trainer import OPPONENT, LoopSettings, Stages, Trainer
 from learners.world import World
 
 
@@ -73,6 +73,8 @@ def train(
     version = 0
     if resume is not None:
         version = world.from_first(partial(link.restored, resume))
+        # First: with the policy's weights the run begins to issue tickets, and these need opponents.
+        _publish_opponents(trainer, link, world, version, done, always=True)
         _publish(trainer, link, world, version, done)
     for step in range(done + 1, settings.steps + 1):
         began = clock()
@@ -89,6 +91,7 @@ def train(
         metrics = {**result.metrics, **checked}
         told = StepReport(step, received - began, done_s - received, last_publish_s, metrics, result.skipped)
         version = world.from_first(partial(link.trained, told, staleness))
+        _publish_opponents(trainer, link, world, version, step)
         _publish(trainer, link, world, version, step)
         done = step
         if step % settings.checkpoint_every_steps == 0:
@@ -110,6 +113,21 @@ def _publish(trainer: Trainer, link: RunLink, world: World, version: int, step: 
     if world.first:
         link.publish(describe(tensors, version=version, step=step), tensors, again=again)
     trainer.published(version)
+
+
+def _publish_opponents(
+    trainer: Trainer, link: RunLink, world: World, version: int, step: int, *, always: bool = False
+) -> None:
+    """Publishes the opponents' weights, where the objective has some and the step has changed them.
+
+    Args:
+        always: also where they are unchanged: after a restart nobody has them.
+    """
+    if OPPONENT not in trainer.anchors.names or not (always or trainer.anchors.changed(OPPONENT) == step):
+        return
+    tensors = trainer.opponent_tensors()
+    if world.first:
+        link.publish(describe(tensors, version=version, step=step, weights=OPPONENT), tensors)
 
 
 def _commit(link: RunLink, world: World, written: Written | None) -> None:

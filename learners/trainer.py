@@ -11,7 +11,11 @@ from torch import Tensor
 
 from distrl.errors import RunError
 from distrl.objectives import Batch, LossOutput, Plan, Recipe, Totals, evaluate, prepare
+from distrl.objectives.batch import tensor_name
 from distrl.policy_model import Layout, PolicyModel
+from distrl.schema import Role
+from distrl.tickets import weights_of
+from learners.anchors import Anchors
 from learners.batches import Budget, TrainingBatch, split, training_batch
 from learners.checkpoint import CheckpointWriter, TrainState, Written, load_checkpoint
 from learners.gathering import whole_tensors
@@ -19,6 +23,8 @@ from learners.logp_check import LogpCheck, LogpCheckSettings
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
 from learners.parallel import ParallelSettings, accumulating, parallelize, prepare_model
 from learners.world import World
+
+OPPONENT = weights_of(Role.OPPONENT)
 
 Stages = tuple[pa.RecordBatch, pa.RecordBatch, pa.RecordBatch | None]
 """A ticket's generation, grading and reference columns."""
@@ -81,6 +87,7 @@ class Trainer:
         )
         self._module = parallelize(self.policy, self._world, settings.parallel)
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
+        self.anchors = Anchors(self.policy, recipe.upkeep, self.optimizer)
         self._writer = CheckpointWriter(self._world, tokenizer.save_pretrained)
         self._check = LogpCheck(self.policy, settings.logp_check)
         self._skipped = 0
@@ -120,6 +127,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.anchors.after_step(step)
         return StepResult({**metrics, "learning_rate": rate})
 
     def training_batch(self, tickets: Sequence[Stages]) -> TrainingBatch:
@@ -151,6 +159,9 @@ class Trainer:
                 given["proximal_logps"] = logps
             if values is not None:
                 given["values"] = values
+        for name in sorted(self.anchors.names & recipe.needs):
+            with self.anchors.in_place_of_the_policy(name):
+                given[tensor_name(name)], _ = self._before_the_step(batch, parts)
         tensors = Batch.from_tensors(given, recipe=recipe.name, step=step - 1)
         return prepare(recipe, tensors), tensors
 
@@ -238,17 +249,22 @@ class Trainer:
         """The weights to publish, whole, on the first worker; every worker calls it."""
         return whole_tensors(self._model, self._world.first)
 
+    def opponent_tensors(self) -> dict[str, Tensor]:
+        """The opponents' weights, as `policy_tensors`."""
+        with self.anchors.in_place_of_the_policy(OPPONENT):
+            return {name: tensor.clone() for name, tensor in self.policy_tensors().items()}
+
     def begin_checkpoint(self, state: TrainState) -> None:
         """Starts to write a checkpoint; see `CheckpointWriter.begin`."""
         directory = self._settings.checkpoints / f"step-{state.step:06d}"
-        self._writer.begin(directory, self._model, self.policy, self.optimizer, state)
+        self._writer.begin(directory, self._model, self.policy, self.optimizer, state, self.anchors.tensors())
 
     def finished_checkpoint(self, wait: bool = False) -> Written | None:
         return self._writer.finished(wait)
 
     def restore(self, directory: Path) -> TrainState:
         """Takes weights and optimizer from a checkpoint that any number of workers wrote."""
-        return load_checkpoint(directory, self.policy, self.optimizer, self._world)
+        return load_checkpoint(directory, self.policy, self.optimizer, self._world, self.anchors.tensors())
 
 
 def _finite(value: float) -> bool:

@@ -79,6 +79,7 @@ def grading_columns(rollout_ids: Sequence[str]) -> dict[str, Any]:
         "reason": [None] * rows,
         "components": [[("exact", _number(i))] for i in rollout_ids],
         "grader": ["exact"] * rows,
+        "preference": [None] * rows,
         "grading_started_s": [102.0] * rows,
         "grading_finished_s": [103.0] * rows,
     }

@@ -5,6 +5,15 @@ from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.graders.build import Graders, build_graders, describe, resources
 from distrl.graders.registry import importable_from
+from distrl.preferences import Judge, make_judge
+
+
+def run_judge(config: Config) -> Judge | None:
+    """What compares the run's responses, where something does."""
+    preference = config.preference
+    if preference.function is None:
+        return None
+    return make_judge(preference.function, symmetrize=preference.symmetrize, scale=preference.scale)
 
 
 class GradingActor(Grading, Located):
@@ -12,10 +21,17 @@ class GradingActor(Grading, Located):
 
     Args:
         folder: where the run was started; a grader of the user's own may be a module there.
+        opponents: that each response is compared with; 0 compares pairs of a ticket, where something is compared.
     """
 
-    def __init__(self, config: Config, graders: Graders, folder: str) -> None:
+    def __init__(self, config: Config, graders: Graders, folder: str, opponents: int = 0) -> None:
         importable_from(folder)
         concurrency = config.grading.concurrency
         grader = build_graders(graders, concurrency, resources(config))
-        super().__init__(" ".join(filter(None, [describe(graders), grader.version])), grader, concurrency)
+        super().__init__(
+            " ".join(filter(None, [describe(graders), grader.version])),
+            grader,
+            concurrency,
+            judge=run_judge(config),
+            opponents=opponents,
+        )

@@ -41,15 +41,20 @@ class EMA:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """anchor <- policy every `every` optimizer steps."""
+    """anchor <- policy every `every` x `times` optimizer steps.
+
+    Mirror prox: the opponent is renewed every half step, the anchor of both half steps every second time.
+    """
 
     every: float
+    times: float = 1.0
 
     def __post_init__(self) -> None:
         _check_every("snapshot", self.every)
+        _check_every("snapshot", self.times, "times")
 
     def describe(self) -> str:
-        return f"copy of the policy, renewed every {self.every:g} steps"
+        return f"copy of the policy, renewed every {self.every * self.times:g} steps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,6 @@ class Mixture:
         return f"samples from policy^{1.0 - self.share:g} reference^{self.share:g}, mixed token by token"
 
 
-def _check_every(name: str, every: float) -> None:
+def _check_every(name: str, every: float, key: str = "every") -> None:
     if not every >= 1.0 or every != int(every):
-        raise ConfigError(f"{name}.every must be a whole number >= 1 of optimizer steps, got {every}; choose one")
+        raise ConfigError(f"{name}.{key} must be a whole number >= 1 of optimizer steps, got {every}; choose one")

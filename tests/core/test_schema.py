@@ -218,6 +218,7 @@ BROKEN: list[tuple[Stage, str, list[Any], str]] = [
         "p4.0.2: verdict must be one of correct, wrong, failed, got 'maybe'",
     ),
     (Stage.GENERATION, "v_star", [None, float("inf"), 0.5], "p4.0.1: v_star must be finite, got inf"),
+    (Stage.GRADING, "preference", [0.5, None, 1.5], "p4.0.2: preference must be in [0, 1], got 1.5"),
     (Stage.GRADING, "reward", [1.0, float("nan"), 0.0], "p4.0.1: reward must be finite, got nan"),
     (Stage.GRADING, "reward", [1.0, 1.0, float("inf")], "p4.0.2: reward must be finite, got inf"),
     (Stage.GRADING, "reward", [None, 1.0, 1.0], "p4.0.0: reward must not be null, got None"),
@@ -281,9 +282,9 @@ def test_a_log_probability_of_exactly_zero_passes() -> None:
     record_batch(Stage.REFERENCE, reference_columns(IDS, LENGTHS) | {"ref_logps": [[0.0, -0.0], [0.0] * 3, [0.0]]})
 
 
-def test_a_reason_may_be_null_and_nothing_else_in_grading() -> None:
+def test_a_reason_and_a_preference_may_be_null_and_nothing_else_in_grading() -> None:
     nullable = {field.name for field in SCHEMAS[Stage.GRADING] if field.nullable}
-    assert nullable == {"reason"}
+    assert nullable == {"reason", "preference"}
 
 
 def test_the_journal_has_the_columns_of_all_stages_once() -> None:

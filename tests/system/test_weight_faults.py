@@ -5,6 +5,7 @@ Gates fix the moment: a process that reaches one tells so and goes on only when 
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
@@ -24,6 +25,7 @@ from actors.updates import UpdateLimits, Updates
 from deploy.publisher import Publisher
 from deploy.remote.generation import GenerationActor
 from deploy.remote.policy_store import PolicyStoreActor
+from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
 from distrl.errors import DeadlineError, DistrlError, LostWeightsError, StageError
@@ -358,3 +360,34 @@ def test_a_store_that_is_killed_comes_back_empty_and_is_filled_again_by_the_lear
     receipt = asyncio.run(pulled())
     # It had version 3, of which one tensor differs: what it has does not move, whoever lost it.
     assert (receipt.version, receipt.moved_tensors) == (5, 1)
+
+
+def test_a_run_whose_store_dies_before_anybody_has_the_new_weights_goes_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Synchronous, with one generation actor: without these weights there is no next batch, and the learner waits."""
+    died = tmp_path / "died"
+
+    class DiesOnce(PolicyStoreActor):
+        @ray.method
+        async def fetch(self, version: int, have: Mapping[str, Content], weights: str = "policy") -> Delivery:
+            if not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await super().fetch(version, have, weights)
+
+    monkeypatch.setattr("deploy.processes.PolicyStoreActor", DiesOnce)
+    values = setting.config.model_dump(mode="json")
+    values["run"] |= {"dir": str(tmp_path), "name": "run"}
+    values["data"] |= {"heldout_size": 8, "options": {"digits": 4}}
+    values["train"] |= {"steps": 3, "tickets_per_step": 2, "max_staleness": 0}
+    values["evaluation"] |= {"problems": 8, "every_steps": 0}
+    config = make_config(values)
+    summary = run_training(config)
+    assert died.exists()
+    assert (summary["state"], summary["steps"], summary["tickets"]["dropped"]) == ("finished", 3, {})
+    records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["message"] for r in records if r["kind"] == "published_again"] == [
+        "policy version 1: the policy store had lost it"
+    ]
+    assert [r["version"] for r in records if r["kind"] == "load"] == [1, 2, 3]

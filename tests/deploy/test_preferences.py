@@ -1,0 +1,100 @@
+"""What a run that compares responses needs, before it starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.check import check_run, explain
+from distrl.config import Config, make_config
+from distrl.errors import ConfigError
+from distrl.models import TinyArchitecture, make_tiny_model
+from distrl.schema import Role
+from distrl.tokenizer import character_tokenizer
+from tests.builders import refusal
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = tmp_path_factory.mktemp("model")
+    size = TinyArchitecture(hidden_size=16, layers=1, heads=2, intermediate_size=16, context_length=16)
+    make_tiny_model(directory, character_tokenizer("0123456789>"), seed=0, architecture=size)
+    return directory
+
+
+def config(model: Path, recipe: str, **changes: Any) -> Config:
+    values = {
+        "model": {"path": str(model)},
+        "data": {"source": "sort_digits", "heldout_size": 4, "options": {"digits": 4}},
+        "rollout": {"group_size": 4, "max_new_tokens": 6},
+        "objective": {"recipe": recipe},
+        "preference": {"function": "reward_difference"},
+        "evaluation": {"problems": 4},
+    }
+    return make_config(values, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+def test_nash_mp_samples_opponents_and_online_ipo_compares_its_own_pairs(model: Path) -> None:
+    settings = config(model, "nash_mp", **{"preference.opponents": 2})
+    plan = check_run(settings)
+    assert plan.opponents == 2
+    assert Role.OPPONENT in plan.samples
+    assert "reward_difference compares responses with 2 opponent(s) each" in "\n".join(explain(settings, plan))
+    pairs = check_run(config(model, "online_ipo", **{"train.max_staleness": 0}))
+    assert pairs.opponents == 0
+    assert Role.OPPONENT not in pairs.samples
+
+
+def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Path) -> None:
+    nobody = {"preference.function": None}
+    options = {"kl_coefficient": 0.01, "reference": "reset"}
+    assert not check_run(config(model, "dapo", **nobody, **{"objective.options": options})).scores_reference
+    options["reference"] = "frozen"
+    assert check_run(config(model, "dapo", **nobody, **{"objective.options": options})).scores_reference
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        (
+            "reinforce",
+            {},
+            "preference.function must be empty for objective.recipe reinforce, got 'reward_difference'; nothing reads "
+            "preferences: remove it, or choose the recipe nash_mp or online_ipo",
+        ),
+        (
+            "nash_mp",
+            {"preference.function": None},
+            "preference.function is required for objective.recipe nash_mp, which compares responses; set it to "
+            "reward_difference, or to module:function",
+        ),
+        (
+            "nash_mp",
+            {"preference.opponents": 5},
+            "preference.opponents must be <= rollout.group_size (4), got 5; a ticket has as many opponents as "
+            "responses",
+        ),
+        (
+            "nash_md",
+            {},
+            "objective.recipe nash_md asks for opponent that samples from policy^0.875 reference^0.125, mixed token by "
+            "token, which no engine does yet; use nash_mp, whose opponents are an average or a snapshot of the "
+            "policy's weights",
+        ),
+        (
+            "online_ipo",
+            {"train.max_staleness": 0, "rollout.group_size": 3},
+            "rollout.group_size must be even for objective.recipe online_ipo, got 3; the responses of a ticket are "
+            "compared in pairs",
+        ),
+        (
+            "online_ipo",
+            {"train.max_staleness": 2},
+            "train.max_staleness must be 0 and train.on_stale wait for objective.recipe online_ipo, got 2 and wait; "
+            "both responses of a pair play for the policy itself, and older ones would make older weights the opponent",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(model: Path, recipe: str, changes: dict[str, Any], message: str) -> None:
+    assert refusal(ConfigError, lambda: check_run(config(model, recipe, **changes))) == message

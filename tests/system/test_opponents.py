@@ -1,0 +1,110 @@
+"""Tickets that meet opponents: sampled from anchor weights, compared, drawn again where an actor dies."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.grading import Grading
+from distrl.errors import RunError, StageError
+from distrl.preferences import Judge
+from distrl.sampling import SampleRequest
+from distrl.schema import Role
+from tests.builders import run
+from tests.system.in_process import InProcessRun, build, states, until
+
+
+def beats(first: str, second: str, answer: str, metadata: Mapping[str, object]) -> float:
+    """The larger number as text wins, sometimes."""
+    return 0.5 if first == second else (0.75 if first > second else 0.25)
+
+
+def system(directory: Path, opponents: int = 2, **changes: Any) -> InProcessRun:
+    made = build(directory, own_actors=(Role.OPPONENT,), max_staleness=1, **changes)
+    for member in made.pipeline.grading.members:
+        grading: Grading = member.caller._worker  # type: ignore[attr-defined]
+        grading._judge, grading._opponents = Judge("beats", beats, False, 1.0), opponents
+    return made
+
+
+def test_every_rollout_has_the_mean_preference_against_its_tickets_opponents(tmp_path: Path) -> None:
+    seen: dict[int, list[str]] = {}
+
+    async def play() -> None:
+        made = system(tmp_path)
+        await made.coordinator.start()
+        grant = await made.learn(1)
+        for ticket in grant.tickets:
+            graded = ticket.grading.value.to_pylist()
+            generated = ticket.generation.value.to_pylist()
+            assert {row["role"] for row in generated} == {"policy"}
+            by_id = {row["rollout_id"]: row for row in graded}
+            own = [by_id[row["rollout_id"]]["preference"] for row in generated]
+            # Two responses, each against both opponents: means of two values out of 1/4, 1/2 and 3/4.
+            assert all(p in (0.25, 0.375, 0.5, 0.625, 0.75) for p in own)
+            seen[ticket.ticket_id] = [row["text"] for row in generated]
+        assert states(made)["trained"] == 2
+
+    run(play())
+    assert len(seen) == 2
+
+
+def test_opponents_are_drawn_again_with_the_same_noise_when_their_actor_fails(tmp_path: Path) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def fail(request: SampleRequest) -> BaseException | None:
+        if not request.request_id.startswith("o"):
+            return None
+        asked.append((request.request_id, request.stream))
+        first = sum(name == request.request_id for name, _ in asked) == 1
+        return StageError("the process is gone") if first else None
+
+    async def play() -> None:
+        made = system(tmp_path, fail=fail)
+        await made.coordinator.start()
+        await made.learn(1)
+        assert "dropped" not in states(made)
+
+    run(play())
+    names = {name for name, _ in asked}
+    for name in names:
+        streams = [stream for other, stream in asked if other == name]
+        assert len(streams) >= 1
+        assert len(set(streams)) == 1
+    assert any(sum(other == name for other, _ in asked) == 2 for name in names)
+
+
+def test_new_opponents_are_sampled_once_their_weights_are_published(tmp_path: Path) -> None:
+    async def play() -> None:
+        made = system(tmp_path)
+        await made.coordinator.start()
+        await made.learn(1)
+        await made.publish_as("opponent", version=1, step=1)
+        pool = made.pipeline.pool_of(Role.OPPONENT)
+        await until(lambda: pool.members[0].others.get("opponent") == 1)
+
+    run(play())
+
+
+def test_a_run_that_goes_on_without_publishing_its_anchor_ends_with_the_cause(tmp_path: Path) -> None:
+    async def first() -> None:
+        made = system(tmp_path)
+        await made.coordinator.start()
+        await made.learn(1)
+        await made.checkpoint(1, version=1)
+        await made.coordinator.request_stop()
+        assert await made.coordinator.next_batch(2) is None
+        made.ledger.close()
+
+    async def second() -> str:
+        made = system(tmp_path)
+        await made.coordinator.start()
+        with pytest.raises(RunError) as caught:
+            await made.restore(1)
+        return str(caught.value)
+
+    run(first())
+    message = run(second())
+    assert message.startswith("the learner must publish the weights opponent of its checkpoint before policy version ")
+    assert message.endswith(", got none; tickets would meet the model that the run began with")
