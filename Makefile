@@ -55,6 +55,9 @@ fix: $(READY) ## Format and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+sigkill: $(READY) ## Kill a run five times with SIGKILL, resume it, compare it with one left alone, minutes
+	@$(BIN)/python -m tests.system.sigkill --kills 5
+
 simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, minutes
 	@$(BIN)/python -m tests.simulation.run 2000
 	@$(BIN)/python -m tests.simulation.run 300 --mutations
@@ -70,7 +73,7 @@ study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quart
 study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
 	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
 
-.PHONY: help setup study-off-policy setup-vllm quickstart test test-system test-vllm check fix simulate bench study lock
+.PHONY: help setup study-off-policy setup-vllm quickstart test test-system test-vllm check fix sigkill simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,17 @@ class Journal:
 
     Args:
         directory: for the files; made if it is missing.
+        budget_bytes: what all files together may take; None is no bound.
         clock: seconds since the epoch; part of the file names, so that a restarted journal overwrites nothing.
     """
 
-    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, directory: Path, clock: Callable[[], float] = time.time, budget_bytes: int | None = None
+    ) -> None:
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._budget_bytes = budget_bytes
+        self._bytes = sum(path.stat().st_size for path in self._directory.iterdir())
         self._prefix = f"{int(clock() * 1000):013d}"
         self._files = 0
         self._waiting: list[_Entry] = []
@@ -100,10 +105,15 @@ class Journal:
 
     async def _write(self, entries: list[_Entry]) -> None:
         async with self._writing:
+            try:
+                self._check_budget(sum(e.rollouts.nbytes for e in entries))
+            except RunError as error:
+                _refuse(entries, error)
+                return
             path = self._directory / f"{self._prefix}-{self._files:06d}.arrow"
             self._files += 1
             try:
-                receipt = await asyncio.to_thread(_write_file, path, [e.rollouts for e in entries])
+                receipt = await asyncio.to_thread(write_file, path, [e.rollouts for e in entries])
             except OSError as error:
                 # No fault of the tickets: a disk that is full or read-only ends the run, and drops none of them.
                 _refuse(entries, RunError(f"journal file {path}: cannot be written: {error.strerror}; {REMEDY}"))
@@ -111,9 +121,18 @@ class Journal:
             except BaseException as error:
                 _refuse(entries, error)
                 raise
+        self._bytes += receipt.bytes
         for entry in entries:
             if not entry.written.done():
                 entry.written.set_result(receipt)
+
+    def _check_budget(self, more_bytes: int) -> None:
+        if self._budget_bytes is not None and self._bytes + more_bytes > self._budget_bytes:
+            raise RunError(
+                f"limits.journal_bytes: the journal {self._directory} must not grow beyond {self._budget_bytes} bytes, "
+                f"it has {self._bytes} and {more_bytes} more to write; run distrl compact, or raise the limit in the "
+                "run's config.yaml, then go on with distrl resume"
+            )
 
 
 def _refuse(entries: list[_Entry], error: BaseException) -> None:
@@ -122,7 +141,12 @@ def _refuse(entries: list[_Entry], error: BaseException) -> None:
             entry.written.set_exception(error)
 
 
-def _write_file(path: Path, batches: list[pa.RecordBatch]) -> JournalReceipt:
+def write_file(path: Path, batches: Sequence[pa.RecordBatch]) -> JournalReceipt:
+    """Writes a journal file that is safe on disk, name included, when this returns, and complete or absent.
+
+    Raises:
+        OSError: the disk refused.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMAS[Stage.JOURNAL]) as writer:
         for batch in batches:

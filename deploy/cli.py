@@ -17,9 +17,12 @@ from deploy.commands.arguments import (
     with_sandbox,
 )
 from deploy.commands.audit import audit
+from deploy.commands.compact import compact
+from deploy.commands.doctor import doctor
 from deploy.commands.evaluate import evaluate
 from deploy.commands.export import export
 from deploy.commands.init import init, schema
+from deploy.commands.k8s import k8s
 from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
 from deploy.commands.vstar import vstar
@@ -49,14 +52,30 @@ def quickstart(overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, allow_unsandboxed: AllowUnsandboxed = False) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    allow_unsandboxed: AllowUnsandboxed = False,
+    again: Annotated[
+        bool, typer.Option("--resume-or-start", help="Go on with the run if it is there and has the same config.")
+    ] = False,
+) -> None:
     """Run the training that CONFIG describes.
 
     Example: distrl train examples/sort_digits.yaml model.path=models/mine train.steps=20
     """
     import deploy
 
-    deploy.train(config, with_sandbox(overrides, allow_unsandboxed))
+    given = with_sandbox(overrides, allow_unsandboxed)
+    if not again:
+        deploy.train(config, given)
+        return
+    from deploy.attempt import resume_or_start
+    from deploy.progress import Terminal
+    from distrl.config import load_config
+
+    made = load_config(config, given)
+    resume_or_start(made, Terminal(Console(), made.train.steps, made.run.name))
 
 
 @app.command()
@@ -134,6 +153,7 @@ def report(run: RunPath, as_json: Json = False) -> None:
 
 
 app.command()(audit)
+app.command()(compact)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(init)
@@ -141,6 +161,8 @@ app.command()(schema)
 app.command()(recipes)
 app.command()(ui)
 app.command()(rollouts)
+app.add_typer(k8s, name="k8s")
+app.command()(doctor)
 app.command()(vstar)
 
 

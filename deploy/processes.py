@@ -77,7 +77,7 @@ class RayProcesses:
         self.environments = [
             self._make(EnvironmentActor, {"max_restarts": -1}, config, os.getcwd()) for _ in range(count)
         ]
-        self.journal = self._make(JournalActor, self._here(), run_dir)
+        self.journal = self._make(JournalActor, self._here(), run_dir, config.limits.journal_bytes)
         self.coordinator = self._make(
             CoordinatorActor,
             self._here(),

@@ -41,6 +41,10 @@ def claim(run_dir: RunDir) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if run_dir.run_json.exists() and read_state(run_dir) == RunState.RUNNING:
             raise BlockingIOError
+        run_dir.stop_request.unlink(missing_ok=True)
+        process = {"pid": os.getpid(), "process_started": _process_start(os.getpid()), "started_s": time.time()}
+        record = {"format": FORMAT, "name": run_dir.path.name, **process, "state": RunState.RUNNING}
+        write_json(run_dir.run_json, record)
     except BlockingIOError:
         os.close(lock)
         raise RefusedError(
@@ -50,9 +54,6 @@ def claim(run_dir: RunDir) -> int:
     except BaseException:
         os.close(lock)
         raise
-    run_dir.stop_request.unlink(missing_ok=True)
-    process = {"pid": os.getpid(), "process_started": _process_start(os.getpid()), "started_s": time.time()}
-    write_json(run_dir.run_json, {"format": FORMAT, "name": run_dir.path.name, **process, "state": RunState.RUNNING})
     return lock
 
 
@@ -79,6 +80,11 @@ def read_state(run_dir: RunDir) -> RunState:
     if state == RunState.RUNNING and _process_start(values["pid"]) != values["process_started"]:
         return RunState.DIED
     return state
+
+
+def driver_pid(run_dir: RunDir) -> int:
+    """The process that runs a run, or ran it last."""
+    return int(_read(run_dir)["pid"])
 
 
 def _read(run_dir: RunDir) -> dict[str, Any]:

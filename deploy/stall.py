@@ -28,10 +28,11 @@ class StallWatch:
         if now_s < self._next_s:
             return None
         self._next_s = now_s + self._warning_s
-        return f"no progress for {now_s - self._since_s:.0f} s: {_where(snapshot)}"
+        return f"no progress for {now_s - self._since_s:.0f} s: {where(snapshot)}"
 
 
-def _where(snapshot: dict[str, Any]) -> str:
+def where(snapshot: dict[str, Any]) -> str:
+    """Who is waited for, in words."""
     oldest = snapshot["oldest"]
     if oldest is not None:
         return f"ticket {oldest['ticket']} is in {oldest['stage']} for {oldest['since_s']:.0f} s"

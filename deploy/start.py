@@ -9,7 +9,9 @@ from deploy.learner import RESOURCE, train_environment
 
 
 def start_ray(pretend_gpus: int | None = None) -> bool:
-    """Starts a local Ray unless this process is connected already; returns whether it did.
+    """Connects to the Ray that RAY_ADDRESS names, else starts a local one; returns whether it did either.
+
+    A process that is connected already stays so.
 
     Args:
         pretend_gpus: GPUs that Ray shall count, whatever is there; for tests of the scheduling.
@@ -19,6 +21,10 @@ def start_ray(pretend_gpus: int | None = None) -> bool:
         return False
     # Our actors take no CPUs of Ray's: threads are set per process, and all processes must start at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    if address := os.environ.get("RAY_ADDRESS"):
+        # A cluster that somebody else started, as KubeRay does: its nodes have the resources, and it goes on after us.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="distrl")
+        return True
     ray.init(
         address="local",
         log_to_driver=False,

@@ -115,7 +115,7 @@ class _Auditor:
         self._tickets = reader.rows("SELECT * FROM tickets ORDER BY ticket_id")
         self._trainings = reader.rows("SELECT * FROM trainings ORDER BY version, ticket_id")
         self._checkpoints = reader.rows("SELECT * FROM checkpoints ORDER BY rowid")
-        self._files = {r["path"]: r for r in reader.rows("SELECT * FROM journal_files")}
+        self._files: dict[str, Row] = {r["path"]: r for r in reader.rows("SELECT * FROM journal_files")}
         self._sampled_by: dict[int, list[int]] = defaultdict(list)
         for row in reader.rows("SELECT * FROM ticket_versions"):
             self._sampled_by[row["ticket_id"]].append(row["version"])
@@ -277,8 +277,11 @@ class _Auditor:
     def _check_journal(self) -> Iterator[str]:
         """What is ready, trained or committed lies in the journal, under the hash that the ledger has."""
         wanted: dict[str, list[Row]] = defaultdict(list)
+        retired = {r["ticket_id"] for r in self._reader.rows("SELECT ticket_id FROM retired")}
         for ticket in self._tickets:
             if ticket["state"] not in WITH_ROLLOUTS:
+                continue
+            if ticket["state"] == "committed" and ticket["journal_file"] is None and ticket["ticket_id"] in retired:
                 continue
             if ticket["journal_file"] not in self._files:
                 yield f"ticket {ticket['ticket_id']} is {ticket['state']}, and the ledger names no journal file of it"

@@ -360,6 +360,36 @@ class Ledger(LedgerReader):
             response_tokens=row["response_tokens"],
         )
 
+    def compact_journal(self, files: Mapping[JournalReceipt, Sequence[int]], retired: Sequence[int]) -> list[str]:
+        """Moves rollouts to other journal files; those that no ticket is in any more are forgotten.
+
+        Args:
+            files: new files, safe on disk, with the tickets that are now in them.
+            retired: committed tickets whose rollouts are given up.
+        Returns:
+            The paths of the files that were forgotten; the caller may delete them.
+        Raises:
+            LedgerError: a retired ticket is not committed: its rollouts are still needed.
+        """
+        with self._transaction():
+            for ticket_id in retired:
+                if (state := self.state(ticket_id)) != TicketState.COMMITTED:
+                    raise LedgerError(f"ticket {ticket_id} must be committed to give up its rollouts, it is {state}")
+                self._db.execute("INSERT INTO retired VALUES (?, ?)", (ticket_id, self._clock()))
+                self._db.execute("UPDATE tickets SET journal_file = NULL WHERE ticket_id = ?", (ticket_id,))
+            for file, tickets in files.items():
+                self._db.execute(
+                    "INSERT INTO journal_files VALUES (?, ?, ?, ?, ?)",
+                    (file.path, file.sha256, file.rows, file.bytes, self._clock()),
+                )
+                self._db.executemany(
+                    "UPDATE tickets SET journal_file = ? WHERE ticket_id = ?", [(file.path, i) for i in tickets]
+                )
+            unused = "path NOT IN (SELECT journal_file FROM tickets WHERE journal_file IS NOT NULL)"
+            forgotten = [r["path"] for r in self.rows(f"SELECT path FROM journal_files WHERE {unused} ORDER BY path")]
+            self._db.execute(f"DELETE FROM journal_files WHERE {unused}")
+        return forgotten
+
     def remove_checkpoints(self, keep: int) -> list[Checkpoint]:
         """Gives up all checkpoints but the newest `keep` and the best, the caller may delete them.
 

@@ -72,12 +72,8 @@ class ReturnCause(StrEnum):
     """Its step was not part of a checkpoint when the learner ended."""
     TOO_STALE = "too_stale"
     """It could not be trained within `train.max_staleness` any more."""
-    ABANDONED_BRANCH = "abandoned_branch"
-    """Weights sampled it that no checkpoint goes back to."""
     DATA_LOST = "data_lost"
     """Its rollouts were lost with a node before they were in the journal."""
-    JOURNAL_LOST = "journal_lost"
-    """Its rollouts could not be read back."""
 
 
 def check_transition(ticket_id: int, old: TicketState, new: TicketState) -> None:

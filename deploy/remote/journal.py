@@ -8,5 +8,5 @@ from deploy.run_dir import RunDir
 class JournalActor(Journal, Located):
     """`Journal` in the run's directory."""
 
-    def __init__(self, run_dir: RunDir) -> None:
-        super().__init__(run_dir.journal)
+    def __init__(self, run_dir: RunDir, budget_bytes: int | None) -> None:
+        super().__init__(run_dir.journal, budget_bytes=budget_bytes)

@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.dataset as ds
 import pytest
 
 from deploy.run_dir import RunDir, write_json
 from distrl.audit import Audit, Contract, audit
 from distrl.errors import StageError
+from distrl.ledger_reader import LedgerReader
 from distrl.sampling import SampleRequest
+from distrl.tickets import ReturnCause, TicketState
 from tests.deploy.commands import call
 from tests.system.in_process import build, ticket_of
 
@@ -188,3 +192,27 @@ def test_a_run_without_a_ledger_is_refused(
     assert capsys.readouterr().err == (
         f"RefusedError: {tmp_path}: the run must have a ledger to be audited; it ended before it had begun\n"
     )
+
+
+QUERIES = re.findall(r"```sql\n(.*?)```", (Path(__file__).parents[2] / "docs/ledger.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=range(len(QUERIES)))
+def test_a_query_of_the_page_about_the_ledger_has_an_answer(done: Path, query: str) -> None:
+    with LedgerReader(done / "ledger.sqlite") as ledger:
+        assert ledger.rows(query)
+
+
+def test_the_page_about_the_ledger_has_every_table_state_and_cause(done: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/ledger.md").read_text()
+    with LedgerReader(done / "ledger.sqlite") as ledger:
+        tables = {r["name"] for r in ledger.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == tables | set(TicketState) | set(ReturnCause)
+
+
+def test_the_journal_is_read_as_the_page_says(done: Path) -> None:
+    rollouts = ds.dataset(str(done / "journal"), format="ipc").to_table(columns=["ticket_id", "redraw", "reward"])
+    with LedgerReader(done / "ledger.sqlite") as ledger:
+        committed = {r["ticket_id"] for r in ledger.rows("SELECT ticket_id FROM tickets WHERE state = 'committed'")}
+    assert committed <= set(rollouts["ticket_id"].to_pylist())

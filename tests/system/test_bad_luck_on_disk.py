@@ -23,7 +23,7 @@ from distrl.errors import LedgerError, RefusedError, RunError
 from distrl.ledger import Ledger
 from learners.checkpoint import checkpoint_sha256
 from tests.builders import refusal
-from tests.system.in_process import InProcessRun, build, states
+from tests.system.in_process import InProcessRun, build, states, until
 
 
 class Mounted:
@@ -178,6 +178,7 @@ def finished_run(folder: Path) -> RunDir:
             (path / "model.safetensors").write_bytes(bytes([step]) * 4096)
             torch.save({"step": step}, path / "optimizer.pt")
             await system.coordinator.commit_checkpoint(str(path), step, step, checkpoint_sha256(path))
+        await until(lambda: states(system).get("ready", 0) >= 2)
         await system.coordinator.request_stop()
         assert await system.coordinator.next_batch(3) is None
         system.ledger.close()

@@ -1,0 +1,133 @@
+"""Makes the journal of a stopped run small: what the ledger names, in few files."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from sqlite3 import Row
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actors.journal import write_file
+from deploy.run_dir import RunDir, find_run
+from deploy.run_state import RunState, claim, read_state, release
+from distrl.errors import RefusedError, RunError
+from distrl.ledger import Ledger
+from distrl.messages import JournalReceipt
+
+FILE_BYTES = 256 << 20
+"""A new file is ended as soon as it has this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """What became of a journal."""
+
+    files_before: int
+    bytes_before: int
+    files_after: int
+    bytes_after: int
+    retired: int
+    """Committed tickets whose rollouts were given up."""
+
+
+def compact_run(path: Path, *, drop_committed: bool, file_bytes: int = FILE_BYTES) -> Compacted:
+    """Compacts a run's journal; copies, then changes the ledger in one transaction, then deletes.
+
+    Raises:
+        RefusedError: there is no such run, it is running, or it has no ledger.
+        RunError: a file that is needed is damaged, or the disk refused; nothing was changed.
+    """
+    run_dir = find_run(path)
+    if not run_dir.ledger.is_file():
+        raise RefusedError(f"{path}: the run must have a ledger to be compacted; it ended before it had begun")
+    state = read_state(run_dir)
+    lock = claim(run_dir)
+    try:
+        ledger = Ledger(run_dir.ledger, owner="distrl compact")
+        try:
+            return _compact(run_dir, ledger, drop_committed, file_bytes)
+        finally:
+            ledger.close()
+    finally:
+        release(run_dir, lock, RunState.STOPPED if state == RunState.DIED else state)
+
+
+def _compact(run_dir: RunDir, ledger: Ledger, drop_committed: bool, file_bytes: int) -> Compacted:
+    before = list(run_dir.journal.iterdir())
+    bytes_before = sum(p.stat().st_size for p in before)
+    tickets = ledger.rows(
+        "SELECT t.ticket_id, t.redraw, t.rollouts, t.state, f.path, f.sha256 FROM tickets t"
+        " JOIN journal_files f ON f.path = t.journal_file ORDER BY t.ticket_id"
+    )
+    retired = [t["ticket_id"] for t in tickets if drop_committed and t["state"] == "committed"]
+    given_up = set(retired)
+    kept = [t for t in tickets if t["ticket_id"] not in given_up]
+    new = dict(_copies(run_dir, kept, f"compact-{ledger.owned_epoch:06d}", file_bytes))
+    try:
+        ledger.compact_journal(new, retired)
+    except BaseException:
+        for receipt in new:
+            Path(receipt.path).unlink(missing_ok=True)
+        raise
+    named = {Path(r.path) for r in new}
+    for file in before:
+        if file not in named:
+            file.unlink()
+    bytes_after = sum(r.bytes for r in new)
+    return Compacted(len(before), bytes_before, len(new), bytes_after, len(retired))
+
+
+def _copies(
+    run_dir: RunDir, tickets: list[Row], prefix: str, file_bytes: int
+) -> Iterator[tuple[JournalReceipt, list[int]]]:
+    """New files with the tickets' rollouts, in the order of the old files, each with its tickets."""
+    by_file: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for ticket in tickets:
+        by_file[ticket["path"], ticket["sha256"]].append(ticket)
+    batches: list[pa.RecordBatch] = []
+    ids: list[int] = []
+    count = 0
+    for (name, sha256), wanted in by_file.items():
+        table = _read(run_dir, name, sha256)
+        for ticket in wanted:
+            batches.append(_rows(table, ticket, name))
+            ids.append(ticket["ticket_id"])
+        if sum(b.nbytes for b in batches) >= file_bytes:
+            yield _write(run_dir, f"{prefix}-{count:06d}.arrow", batches), ids
+            batches, ids, count = [], [], count + 1
+    if batches:
+        yield _write(run_dir, f"{prefix}-{count:06d}.arrow", batches), ids
+
+
+def _read(run_dir: RunDir, name: str, sha256: str) -> pa.Table:
+    path = Path(name) if Path(name).exists() else run_dir.journal / Path(name).name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"journal file {path}: must be readable, the ledger names it: {error.strerror}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise RunError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
+    return pa.ipc.open_file(data).read_all()
+
+
+def _rows(table: pa.Table, ticket: Row, name: str) -> pa.RecordBatch:
+    own = pc.and_(pc.equal(table["ticket_id"], ticket["ticket_id"]), pc.equal(table["redraw"], ticket["redraw"]))
+    rows = table.filter(own).combine_chunks()
+    if rows.num_rows != ticket["rollouts"]:
+        raise RunError(
+            f"journal file {name}: must hold {ticket['rollouts']} rollouts of ticket {ticket['ticket_id']}, got "
+            f"{rows.num_rows}; look at distrl audit"
+        )
+    return rows.to_batches()[0]
+
+
+def _write(run_dir: RunDir, name: str, batches: list[pa.RecordBatch]) -> JournalReceipt:
+    path = run_dir.journal / name
+    try:
+        return write_file(path, batches)
+    except OSError as error:
+        raise RunError(f"journal file {path}: cannot be written: {error.strerror}; make room and call again") from error

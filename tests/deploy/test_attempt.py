@@ -1,0 +1,79 @@
+"""Which of starting, going on, refusing and leaving alone an attempt of a run does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy import attempt
+from deploy.attempt import resume_or_start
+from deploy.run_dir import create_run_dir, write_json
+from deploy.run_state import RunState, claim, release, write_state
+from distrl.config import Config, make_config
+from distrl.errors import RefusedError
+from tests.builders import refusal
+
+
+def config(folder: Path, **train: Any) -> Config:
+    values = {"run": {"dir": str(folder), "name": "mine"}, "model": {"path": str(folder / "model")}}
+    return make_config({**values, "data": {"source": "sort_digits"}, "train": train})
+
+
+@pytest.fixture(name="done")
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was called instead of training."""
+    made: list[str] = []
+
+    def start(config: Config, progress: object) -> dict[str, Any]:
+        made.append("start")
+        create_run_dir(config)
+        return {}
+
+    def go_on(path: Path, progress: object) -> dict[str, Any]:
+        made.append("go on")
+        return {}
+
+    monkeypatch.setattr(attempt, "run_training", start)
+    monkeypatch.setattr(attempt, "resume_training", go_on)
+    monkeypatch.setattr(attempt, "last_checkpoint", lambda run_dir: "a checkpoint" if made else None)
+    return made
+
+
+def test_the_first_attempt_starts_and_the_next_goes_on(tmp_path: Path, done: list[str]) -> None:
+    made = config(tmp_path)
+    resume_or_start(made)
+    (made.run_dir / "ledger.sqlite").touch()
+    resume_or_start(made)
+    assert done == ["start", "go on"]
+
+
+def test_an_attempt_without_a_checkpoint_is_put_aside_and_the_run_begins_anew(tmp_path: Path, done: list[str]) -> None:
+    made = config(tmp_path)
+    for _ in range(3):
+        resume_or_start(made)
+    assert done == ["start"] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.abandoned-1", "mine.abandoned-2"]
+
+
+def test_a_finished_run_is_left_alone_so_that_its_job_succeeds(tmp_path: Path, done: list[str]) -> None:
+    made = config(tmp_path)
+    run_dir = create_run_dir(made)
+    write_json(run_dir.summary, {"state": "finished", "steps": 3})
+    write_state(run_dir, RunState.FINISHED)
+    assert resume_or_start(made) == {"state": "finished", "steps": 3}
+    assert done == []
+
+
+def test_another_config_and_a_run_that_goes_on_are_refused(tmp_path: Path, done: list[str]) -> None:
+    run_dir = create_run_dir(config(tmp_path, steps=5))
+    assert refusal(RefusedError, lambda: resume_or_start(config(tmp_path, steps=6))) == (
+        f"{run_dir.path}: a run goes on with the config it began with, got another (steps: 6); choose a new run.name, "
+        "or give the config of the run"
+    )
+    lock = claim(run_dir)
+    try:
+        message = refusal(RefusedError, lambda: resume_or_start(config(tmp_path, steps=5)))
+    finally:
+        release(run_dir, lock, RunState.STOPPED)
+    assert message == f"{run_dir.path}: the run must not be running, another process runs it"
+    assert done == []
