@@ -176,6 +176,7 @@ def _batches(
         "reward": list(drawn.rewards),
         "verdict": ["correct" if r else "wrong" for r in drawn.rewards],
         "reason": [attack] * GROUP,
+        "preference": [None] * GROUP,
         "components": [[]] * GROUP,
         "grader": ["exact"] * GROUP,
         "grading_started_s": [ends_s - 3.5] * GROUP,
