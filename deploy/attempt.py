@@ -1,8 +1,10 @@
 """One command for every attempt of a run: starts it, or goes on with it. What a cluster's scheduler calls again."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deploy.checkpoints import last_checkpoint
+import yaml
+
 from deploy.progress import Progress
 from deploy.report.files import read_json
 from deploy.run import resume_training, run_training
@@ -15,8 +17,8 @@ from distrl.errors import RefusedError
 def resume_or_start(config: Config, progress: Progress | None = None) -> dict[str, Any]:
     """Starts the run that a config describes, or goes on with it; a finished one is left alone.
 
-    An attempt that ended before the first checkpoint has nothing to go on with: it is put aside as NAME.abandoned-1 and
-    so on, and the run begins anew.
+    An attempt that ended before its first checkpoint goes on from the weights that it began with, and keeps what it
+    had sampled. A directory that was not even complete is put aside as NAME.abandoned-1 and so on.
 
     Returns:
         The summary.
@@ -33,22 +35,35 @@ def resume_or_start(config: Config, progress: Progress | None = None) -> dict[st
         _check_same(config, run_dir)
         if state == RunState.FINISHED:
             return read_json(run_dir.summary)
-        if run_dir.ledger.is_file() and last_checkpoint(run_dir) is not None:
-            return resume_training(run_dir.path, progress)
+        return resume_training(run_dir.path, progress, config)
     _put_aside(run_dir)
     return run_training(config, progress)
 
 
 def _check_same(config: Config, run_dir: RunDir) -> None:
-    if not run_dir.config.is_file():
-        return  # it ended while its directory was made
-    before, now = run_dir.config.read_text().splitlines(), dump_config(config).splitlines()
-    if before != now:
-        changed = ", ".join([line.strip() for line in now if line not in before][:3] or ["keys are missing"])
+    """Secrets are masked on both sides: one that was changed, because it had expired, is no other config."""
+    before = dict(_flat(yaml.safe_load(run_dir.config.read_text())))
+    now = dict(_flat(yaml.safe_load(dump_config(config))))
+    differing = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+    if differing:
+        key = differing[0]
+        more = f" and {len(differing) - 1} more" if differing[1:] else ""
         raise RefusedError(
-            f"{run_dir.path}: a run goes on with the config it began with, got another ({changed}); choose a new "
-            "run.name, or give the config of the run"
+            f"{key}: a run goes on with the config it began with, {run_dir.path} has {before.get(key, _ABSENT)}, got "
+            f"{now.get(key, _ABSENT)}{more}; give the run's config, or choose a new run.name"
         )
+
+
+_ABSENT = "no such key"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _put_aside(run_dir: RunDir) -> None:

@@ -46,6 +46,16 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
 def resumable(path: Path) -> tuple[Config, RunDir, Path | None]:
     """What is needed to go on with a run: its config, its directory, and the checkpoint that its ledger names last.
 
+    Raises:
+        ConfigError: its config cannot be used as it is; see `unfinished` for the others.
+    """
+    run_dir, checkpoint = unfinished(path)
+    return load_config(run_dir.config), run_dir, checkpoint
+
+
+def unfinished(path: Path) -> tuple[RunDir, Path | None]:
+    """A run that can be gone on with, and the checkpoint that its ledger names last.
+
     Without a checkpoint it goes on from the weights that it began with, and what was sampled stays.
 
     Raises:
@@ -59,16 +69,19 @@ def resumable(path: Path) -> tuple[Config, RunDir, Path | None]:
         raise RefusedError(
             f"{path}: the run must have steps left to be resumed, it has done all of them; start a new one"
         )
-    return load_config(run_dir.config), run_dir, last_checkpoint(run_dir)
+    return run_dir, last_checkpoint(run_dir)
 
 
-def resume_training(path: Path, progress: Progress | None = None) -> dict[str, Any]:
+def resume_training(path: Path, progress: Progress | None = None, config: Config | None = None) -> dict[str, Any]:
     """Goes on with a run that was stopped, from its last checkpoint; see `run_training`.
 
+    Args:
+        config: the run's own with the secrets that its directory does not keep; None reads the directory's.
     Raises:
         RefusedError: it cannot be resumed (see `resumable`). RunError: it failed.
     """
-    config, run_dir, _ = resumable(path)
+    run_dir, _ = unfinished(path)
+    config = load_config(run_dir.config) if config is None else config
     return _run(config, check_run(config), run_dir, progress or Silent())
 
 

@@ -29,30 +29,37 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         create_run_dir(config)
         return {}
 
-    def go_on(path: Path, progress: object) -> dict[str, Any]:
-        made.append("go on")
+    def go_on(path: Path, progress: object, config: Config) -> dict[str, Any]:
+        made.append(f"go on with {config.run.name}")
         return {}
 
     monkeypatch.setattr(attempt, "run_training", start)
     monkeypatch.setattr(attempt, "resume_training", go_on)
-    monkeypatch.setattr(attempt, "last_checkpoint", lambda run_dir: "a checkpoint" if made else None)
     return made
 
 
-def test_the_first_attempt_starts_and_the_next_goes_on(tmp_path: Path, done: list[str]) -> None:
-    made = config(tmp_path)
-    resume_or_start(made)
-    (made.run_dir / "ledger.sqlite").touch()
-    resume_or_start(made)
-    assert done == ["start", "go on"]
-
-
-def test_an_attempt_without_a_checkpoint_is_put_aside_and_the_run_begins_anew(tmp_path: Path, done: list[str]) -> None:
-    made = config(tmp_path)
+def test_the_first_attempt_starts_and_the_next_go_on_also_without_a_checkpoint(tmp_path: Path, done: list[str]) -> None:
     for _ in range(3):
-        resume_or_start(made)
+        resume_or_start(config(tmp_path))
+    assert done == ["start", "go on with mine", "go on with mine"]
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_directory_that_was_not_complete_is_put_aside(tmp_path: Path, done: list[str]) -> None:
+    for _ in range(2):
+        resume_or_start(config(tmp_path))
+        (tmp_path / "mine" / "run.json").unlink()  # as if its driver had died while it made the directory
+    resume_or_start(config(tmp_path))
     assert done == ["start"] * 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.abandoned-1", "mine.abandoned-2"]
+
+
+def test_a_run_goes_on_with_the_secrets_that_its_directory_does_not_keep(tmp_path: Path, done: list[str]) -> None:
+    for key in ("one", "another that replaced it"):
+        made = config(tmp_path)
+        data = made.data.model_copy(update={"options": {"api_key": key}})
+        resume_or_start(made.model_copy(update={"data": data}))
+    assert done == ["start", "go on with mine"]
 
 
 def test_a_finished_run_is_left_alone_so_that_its_job_succeeds(tmp_path: Path, done: list[str]) -> None:
@@ -67,9 +74,11 @@ def test_a_finished_run_is_left_alone_so_that_its_job_succeeds(tmp_path: Path, d
 def test_another_config_and_a_run_that_goes_on_are_refused(tmp_path: Path, done: list[str]) -> None:
     run_dir = create_run_dir(config(tmp_path, steps=5))
     assert refusal(RefusedError, lambda: resume_or_start(config(tmp_path, steps=6))) == (
-        f"{run_dir.path}: a run goes on with the config it began with, got another (steps: 6); choose a new run.name, "
-        "or give the config of the run"
+        f"train.steps: a run goes on with the config it began with, {run_dir.path} has 5, got 6; give the run's "
+        "config, or choose a new run.name"
     )
+    message = refusal(RefusedError, lambda: resume_or_start(config(tmp_path, steps=6, max_staleness=5)))
+    assert " has 5, got 6 and 1 more; " in message
     lock = claim(run_dir)
     try:
         message = refusal(RefusedError, lambda: resume_or_start(config(tmp_path, steps=5)))
