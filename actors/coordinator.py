@@ -193,14 +193,16 @@ class Coordinator:
         self._evaluator.may_load.set()
         self._updates.begin_to_load(self._policy_pools())
         self._dispatcher.issuing = not self._stopping
-        if self._versions.published.step == self._settings.steps and "after" not in evaluated:
-            self._evaluation = self._outcome.spawn(self._finish())
+        if self._versions.published.step == self._settings.steps:
+            # Also with nothing left to evaluate: the process before may have ended between the evaluation and `done`.
+            self._evaluation = self._outcome.spawn(self._finish(evaluated="after" in evaluated))
         await self._outcome.notify()
         self._dispatcher.issue()
 
-    async def _finish(self) -> None:
+    async def _finish(self, *, evaluated: bool = False) -> None:
         self._dispatcher.issuing = False
-        await self._evaluate("after", self._prompts.heldout)
+        if not evaluated:
+            await self._evaluate("after", self._prompts.heldout)
         for flight in list(self._dispatcher.flights.under_way.values()):
             self._dispatcher.drop(flight, DropReason.RUN_ENDED, "the run had all the steps it was asked for")
         self._recorder.event("done", "all steps are trained and evaluated")

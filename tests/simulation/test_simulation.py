@@ -15,7 +15,7 @@ from tests.simulation.mutations import MUTATIONS, Mutation, mutated
 from tests.simulation.run import broken_by, broken_in, play, undisturbed
 from tests.simulation.schedule import Fault, Kind, schedule_of, shrink
 
-SCHEDULES = 200
+SCHEDULES = 100
 NEAR = 40
 """Seeds after the one that is known to find a mutation; changes of the code move it."""
 

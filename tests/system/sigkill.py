@@ -15,21 +15,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deploy.audit import audit_run
 from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
+from learners.checkpoint import TRAINING
 
 STEPS = 12
 DEADLINE_S = 300.0
 """Seconds that one part of a run may take."""
+COMPARED = ("model.safetensors", f"{TRAINING}/weights/", f"{TRAINING}/optimizer/state/", f"{TRAINING}/optimizer/param_")
+"""Beginnings of names that there must be in a comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,13 @@ class Compared:
     returned: dict[str, int]
     """Tickets that went back, by cause."""
     violations: tuple[Any, ...]
-    files: tuple[dict[str, str], dict[str, str]]
-    """sha256 of the files of the last checkpoint, of the run left alone and of the killed one."""
+    contents: tuple[dict[str, str], dict[str, str]]
+    """sha256 of what the last checkpoint holds, of the run left alone and of the killed one; see `contents`."""
+
+    @property
+    def equal(self) -> bool:
+        alone, killed = self.contents
+        return alone == killed and all(any(name.startswith(begin) for name in alone) for begin in COMPARED)
 
 
 def compare(folder: Path, kills: int, seed: int) -> Compared:
@@ -63,7 +73,7 @@ def compare(folder: Path, kills: int, seed: int) -> Compared:
         after,
         dict(found.returned),
         found.violations,
-        (_files(folder / "alone"), _files(folder / "killed")),
+        (contents(_last(folder / "alone")), contents(_last(folder / "killed"))),
     )
 
 
@@ -152,14 +162,38 @@ def _descendants(pid: int) -> Iterator[int]:
         open_ += found
 
 
-def _files(run: Path) -> dict[str, str]:
-    """Weights, optimizer and tokenizer; state.json names the policy version, which is never used twice."""
-    last = run / "checkpoints" / f"step-{STEPS:06d}"
-    return {
-        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(last.rglob("*"))
+def _last(run: Path) -> Path:
+    return run / "checkpoints" / f"step-{STEPS:06d}"
+
+
+def contents(checkpoint: Path) -> dict[str, str]:
+    """sha256 of every tensor and setting of the sharded training state, and of the other files.
+
+    Without state.json, which names the policy version, and version numbers are never used twice; the sharded state by
+    its content, as its files carry an identifier of their own writing.
+    """
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.iterdir())
         if path.is_file() and path.name != "state.json"
     }
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole.pt"
+        dcp_to_torch_save(checkpoint / TRAINING, whole)
+        return found | dict(_hashed(torch.load(whole, weights_only=True), TRAINING))
+
+
+def _hashed(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _hashed(inner, f"{name}/{key}")
+        return
+    what = repr(value)
+    data = b""
+    if isinstance(value, torch.Tensor):
+        what = f"{value.dtype} {tuple(value.shape)}"
+        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    yield name, hashlib.sha256(what.encode() + b"\0" + data).hexdigest()
 
 
 def main() -> int:
@@ -169,14 +203,14 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="distrl-sigkill-") as folder:
         found = compare(Path(folder), arguments.kills, arguments.seed)
-    alone, killed = found.files
-    equal = alone == killed and len(alone) > 3
+    alone, killed = found.contents
     print(f"{arguments.kills} SIGKILLs, after steps {found.killed_after} of {STEPS}; went back: {found.returned}")
-    for name in alone:
-        print(f"{'equal    ' if alone[name] == killed.get(name) else 'DIFFERENT'} {alone[name]} {name}")
+    for name in alone | killed:
+        same = alone.get(name) == killed.get(name)
+        print(f"{'equal    ' if same else 'DIFFERENT'} {killed.get(name)} {name}")
     for violation in found.violations:
         print(f"VIOLATION {violation.rule}: {violation.detail}")
-    return int(not equal or bool(found.violations))
+    return int(not found.equal or bool(found.violations))
 
 
 if __name__ == "__main__":
