@@ -58,6 +58,9 @@ fix: $(READY) ## Format and mend what ruff can
 sigkill: $(READY) ## Kill a run five times with SIGKILL, resume it, compare it with one left alone, minutes
 	@$(BIN)/python -m tests.system.sigkill --kills 5
 
+chaos: $(READY) ## Kill processes of every role of one run, 28 times, and audit it; minutes
+	@$(BIN)/python -m tests.system.chaos --kills 28
+
 simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, minutes
 	@$(BIN)/python -m tests.simulation.run 2000
 	@$(BIN)/python -m tests.simulation.run 300 --mutations
@@ -73,7 +76,7 @@ study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quart
 study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
 	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
 
-.PHONY: help setup study-off-policy setup-vllm quickstart test test-system test-vllm check fix sigkill simulate bench study lock
+.PHONY: help setup study-off-policy setup-vllm quickstart test test-system test-vllm check fix chaos sigkill simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

@@ -73,7 +73,7 @@ class Coordinator:
         self._crew = Crew(pipeline)
         self._learner = LearnerSeat()
         self._step = ledger.trained_step()  # the last step that was granted
-        self._started = False
+        self._started = self._begun = False
         self._stopping = False
         # After a start on a ledger with a past, and after a roll-back: until the learner is heard of.
         self._resumed = self._versions.has_past
@@ -168,8 +168,9 @@ class Coordinator:
     async def _begin(self) -> None:
         # Tickets are sampled beside the first evaluation, but no new weights are loaded before its end by those that
         # sample for it.
+        self._begun = True
         self._recovered.set()
-        self._dispatcher.issuing = True
+        self._dispatcher.issuing = not self._stopping
         self._dispatcher.issue()
         await self._outcome.notify()
         if self._evaluator.apart:
@@ -183,7 +184,8 @@ class Coordinator:
             return
         self._resumed = False
         evaluated = {row["name"] for row in self._ledger.evaluations()}
-        if self._versions.published.version == 0 and "before" not in evaluated:
+        # Weights of step 0 may have been published again, under another version; they are the same.
+        if self._versions.published.step == 0 and "before" not in evaluated and not self._begun:
             self._updates.paused = False
             self._outcome.spawn(self._begin())
             return
@@ -191,14 +193,16 @@ class Coordinator:
         self._evaluator.may_load.set()
         self._updates.begin_to_load(self._policy_pools())
         self._dispatcher.issuing = not self._stopping
-        if self._versions.published.step == self._settings.steps and "after" not in evaluated:
-            self._evaluation = self._outcome.spawn(self._finish())
+        if self._versions.published.step == self._settings.steps:
+            # Also with nothing left to evaluate: the process before may have ended between the evaluation and `done`.
+            self._evaluation = self._outcome.spawn(self._finish(evaluated="after" in evaluated))
         await self._outcome.notify()
         self._dispatcher.issue()
 
-    async def _finish(self) -> None:
+    async def _finish(self, *, evaluated: bool = False) -> None:
         self._dispatcher.issuing = False
-        await self._evaluate("after", self._prompts.heldout)
+        if not evaluated:
+            await self._evaluate("after", self._prompts.heldout)
         for flight in list(self._dispatcher.flights.under_way.values()):
             self._dispatcher.drop(flight, DropReason.RUN_ENDED, "the run had all the steps it was asked for")
         self._recorder.event("done", "all steps are trained and evaluated")

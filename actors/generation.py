@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 import ray
 
+from actors.episodes import Episodes, Trajectory, single_turn
 from distrl.errors import PolicyError, StageError
 from distrl.manifest import unpack
 from distrl.messages import Chunk, Content, GenerationReceipt, Layout, LoadReceipt, Manifest
-from distrl.sampling import Engine, LoadReport, Sample, SampleRequest, SamplingParams, Sleeper
+from distrl.sampling import Engine, LoadReport, SampleRequest, SamplingParams, Sleeper
 from distrl.schema import Stage, record_batch
-from distrl.tasks.problem import Message
+from distrl.tasks.problem import Message, Problem
 from distrl.tickets import POLICY_WEIGHTS, Ticket, weights_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Generation:
         engines: by the name of the weights that they hold, see `distrl.tickets.weights_of`.
         fetch: how to get a published version; called while sampling goes on.
         clock: seconds since the epoch.
+        episodes: how to play them, where a rollout is one; else it is one response.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Generation:
         params: SamplingParams,
         fetch: Fetch,
         clock: Callable[[], float] = time.time,
+        episodes: Episodes | None = None,
     ) -> None:
         self._name = name
+        self._episodes = episodes
         self._engines = engines
         self._text = text
         self._params = params
@@ -64,8 +68,13 @@ class Generation:
         self._have: dict[str, Mapping[str, Content]] = {name: {} for name in engines}
 
     @ray.method(num_returns=2)
-    async def generate(self, ticket: Ticket) -> tuple[GenerationReceipt, pa.RecordBatch]:
-        """Samples `ticket.group_size` responses.
+    async def generate(
+        self, ticket: Ticket, problem: Problem | None = None
+    ) -> tuple[GenerationReceipt, pa.RecordBatch]:
+        """Samples `ticket.group_size` responses or episodes.
+
+        Args:
+            problem: of the ticket; episodes need it.
 
         Raises:
             StageError: the engine cannot sample the prompt, or no engine here has the weights of the ticket's role.
@@ -75,7 +84,7 @@ class Generation:
         prompt = self._text.encode(ticket.prompt, ticket.messages)
         name = f"{ticket.role[0]}{ticket.ticket_id}.{ticket.redraw}"
         request = SampleRequest(name, prompt, ticket.group_size, self._params, ticket.stream)
-        samples = await self._engine(weights_of(ticket.role)).sample(request)
+        samples = await self._rollouts(self._engine(weights_of(ticket.role)), request, problem)
         batch = self._batch(ticket, prompt, samples, started_s)
         receipt = GenerationReceipt(
             ticket_id=ticket.ticket_id,
@@ -89,8 +98,21 @@ class Generation:
         )
         return receipt, batch
 
+    async def _rollouts(self, engine: Engine, request: SampleRequest, problem: Problem | None) -> list[Trajectory]:
+        if self._episodes is None:
+            return [single_turn(sample) for sample in await engine.sample(request)]
+        if problem is None:
+            raise StageError(f"{self._name} must be given the problem of {request.request_id} to play its episodes")
+        play = self._episodes.play
+        tasks = [asyncio.ensure_future(play(engine, request, problem, index)) for index in range(request.responses)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
     def _batch(
-        self, ticket: Ticket, prompt: tuple[int, ...], samples: list[Sample], started_s: float
+        self, ticket: Ticket, prompt: tuple[int, ...], samples: list[Trajectory], started_s: float
     ) -> pa.RecordBatch:
         rows = len(samples)
         columns: dict[str, Any] = {
@@ -100,11 +122,13 @@ class Generation:
             "prompt_id": [ticket.prompt_id] * rows,
             "role": [ticket.role] * rows,
             "group_index": list(range(rows)),
-            "prompt_token_ids": [prompt] * rows,
+            "prompt_token_ids": [(*prompt, *s.first_observation) for s in samples],
             "response_token_ids": [s.token_ids for s in samples],
             "behavior_logps": [s.logps for s in samples],
             "policy_versions": [s.versions for s in samples],
-            "loss_mask": [[True] * len(s.token_ids) for s in samples],
+            "loss_mask": [s.mask for s in samples],
+            "turn_rewards": [s.turn_rewards for s in samples],
+            "turn_ends": [s.turn_ends for s in samples],
             "finish_reason": [s.finish_reason for s in samples],
             "text": [self._text.decode(s.token_ids) for s in samples],
             "temperature": [self._params.temperature] * rows,

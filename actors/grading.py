@@ -81,6 +81,7 @@ class Grading:
             reward_sums=tuple(sum(g.reward for g in ticket) for ticket in graded),
             correct=tuple(sum(g.verdict == "correct" for g in ticket) for ticket in graded),
             rollouts=tuple(len(ticket) for ticket in graded),
+            components=tuple(_means(ticket) for ticket in graded),
             failures=failures,
             bytes=batch.nbytes,
             started_s=started_s,
@@ -157,15 +158,30 @@ class Grading:
         return grades
 
 
+def _means(grades: Sequence[Grade]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for grade in grades:
+        for name, value in grade.components.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {name: total / len(grades) for name, total in sums.items()}
+
+
 def _role(batch: pa.RecordBatch) -> str:
     return str(batch.column("role")[0].as_py())
 
 
 def _responses(batch: pa.RecordBatch) -> list[Response]:
-    columns = ("text", "rollout_id", "max_new_tokens", "finish_reason")
+    columns = ("text", "rollout_id", "max_new_tokens", "finish_reason", "turn_rewards")
     rows = batch.select(columns).to_pylist()
     tokens = pc.list_value_length(batch.column("response_token_ids")).to_pylist()
     return [
-        Response(row["text"], row["rollout_id"], length, row["max_new_tokens"], row["finish_reason"])
+        Response(
+            row["text"],
+            row["rollout_id"],
+            length,
+            row["max_new_tokens"],
+            row["finish_reason"],
+            tuple(row["turn_rewards"]),
+        )
         for row, length in zip(rows, tokens, strict=True)
     ]

@@ -52,6 +52,8 @@ class Grades:
     reward_sum: float
     correct: int
     rollouts: int
+    components: Mapping[str, float]
+    """Means over the rollouts."""
 
 
 class Pipeline:
@@ -72,8 +74,10 @@ class Pipeline:
         limits: PipelineLimits,
         clock: Callable[[], float],
         own_pools: Mapping[Role, Pool] | None = None,
+        episodes: bool = False,
     ) -> None:
         self.generation = generation
+        self._episodes = episodes
         self.own_pools = own_pools or {}
         self.grading = grading
         self.reference = reference
@@ -82,6 +86,8 @@ class Pipeline:
         self._clock = clock
         self.on_failure: Callable[[Flight, DistrlError], None] = lambda flight, error: None
         """Told of every failed call."""
+        self.on_graded: Callable[[Flight, Grades], None] = lambda flight, grades: None
+        """Told of every ticket that was graded."""
         self.on_loss: Callable[[Member, str], None] = lambda member, cause: None
         """Told of every member that was taken out, with the cause."""
         self.rollouts: Counter[str] = Counter()
@@ -120,9 +126,11 @@ class Pipeline:
             flight.enter("generation", self._clock())
             try:
                 answer: GenerationReceipt
+                # Graders get the problem; generation needs it only to play an episode.
+                given = (flight.ticket, flight.problem) if self._episodes else (flight.ticket,)
                 async with self._judge(pool, here, [flight]):
                     answer, flight.generation = await here.caller.batch(
-                        "generate", flight.ticket, timeout_s=self._limits.generation_timeout_s
+                        "generate", *given, timeout_s=self._limits.generation_timeout_s
                     )
             finally:
                 here.suspects -= suspect
@@ -155,6 +163,7 @@ class Pipeline:
             flight, DropReason.GRADING_FAILED, lambda: self._grade_calls.submit(flight)
         )
         self._span(flight, "grading", began)
+        self.on_graded(flight, grades)
         return grades  # type: ignore[no-any-return]
 
     async def _score(self, flight: Flight) -> None:
@@ -274,7 +283,8 @@ class Pipeline:
                 *[f.opponents for f in jobs if f.opponents is not None],
                 timeout_s=self._limits.grading_timeout_s,
             )
-        rows = zip(receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.failures, strict=True)
+        sums = (receipt.reward_sums, receipt.correct, receipt.rollouts, receipt.components)
+        rows = zip(*sums, receipt.failures, strict=True)
         return [Grades(*row) if failure is None else StageError(failure) for *row, failure in rows], batch
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:

@@ -7,6 +7,7 @@ from deploy.preferences import check_preference
 from deploy.roles import generation_actors, own_actors
 from deploy.values import RunValues, check_values
 from distrl.config import Config
+from distrl.environments.registry import KNOWN, environment_factory
 from distrl.errors import ConfigError
 from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
@@ -246,7 +247,9 @@ def check_graders(config: Config, task: Task) -> Graders:
     Raises:
         ConfigError: one is unknown, has options that do not suit it, or needs what the data lacks.
     """
-    graders = chosen_graders(config.reward.grader, config.reward.graders, task.default_reward)
+    check_environment(config)
+    default = task.default_reward if config.environment.name is None else "episode"
+    graders = chosen_graders(config.reward.grader, config.reward.graders, default)
     for name, one in graders.items():
         setting = f"reward.graders.{name}.grader" if config.reward.graders else "reward.grader"
         target = one.named(name)
@@ -261,6 +264,24 @@ def check_graders(config: Config, task: Task) -> Graders:
             check_sandbox(config.sandbox, setting=f"{setting} {target}")
         check_columns(target, task.heldout[0], setting=setting)
     return graders
+
+
+def check_environment(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: there is no such environment, its options do not suit it, or it needs a sandbox and there is none.
+    """
+    environment = config.environment
+    if environment.name is None:
+        if environment.options:
+            raise ConfigError(
+                f"environment.options must be empty where environment.name is, got {environment.options!r}; name the "
+                "environment, or remove them"
+            )
+        return
+    make = environment_factory(config)
+    if environment.name in KNOWN and environment.name != "verifiers":
+        make()  # cheap, and says what an environment of ours cannot do here
 
 
 def check_heldout(config: Config, task: Task) -> None:
@@ -323,6 +344,7 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "
         f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}"
         + "".join(f"; {n} more for {role} alone" for role, n in own_actors(c).items() if n),
+        *_environment_in_words(c),
         f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
         "a time each",
         f"scores    {reference}",
@@ -336,6 +358,13 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
         *_places(c, plan),
         f"keeps     {c.run_dir}",
     ]
+
+
+def _environment_in_words(c: Config) -> list[str]:
+    e = c.environment
+    if e.name is None:
+        return []
+    return [f"plays     {e.actors} environment actor(s), {e.name}: at most {e.max_turns} messages an episode"]
 
 
 def _explain_learner(config: Config) -> str:

@@ -25,6 +25,7 @@ from deploy.commands.init import init, schema
 from deploy.commands.k8s import k8s
 from deploy.commands.look import rollouts, ui
 from deploy.commands.recipes import recipes
+from deploy.commands.scale import scale
 from deploy.commands.vstar import vstar
 from deploy.exit_codes import EXIT_INTERRUPTED, exit_code
 from distrl.errors import DistrlError
@@ -164,6 +165,7 @@ app.command()(rollouts)
 app.add_typer(k8s, name="k8s")
 app.command()(doctor)
 app.command()(vstar)
+app.command()(scale)
 
 
 def main() -> None:

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from actors.calls import LocalCaller
 from actors.engines.build import build_engine
 from actors.engines.request_rules import check_request
+from actors.environments import EnvironmentHost
+from actors.episodes import Episodes, Trajectory, single_turn
 from deploy.check import check_graders, check_heldout, measure_prompts
 from distrl.config import Config
+from distrl.environments.registry import environment_factory
 from distrl.errors import ConfigError, StageError
 from distrl.graders.build import Graders, build_graders, chosen_graders, describe, resources
 from distrl.graders.combined import AsyncGrader
@@ -76,7 +80,7 @@ def evaluate_model(
         StageError: a set has no problem that could be sampled and graded; has the last cause.
     """
     # Imports Ray, which is not started: the text must be that of a run's own generation.
-    from deploy.remote.generation import ModelText
+    from deploy.remote.generation import ModelText, episode_limits
 
     began = time.perf_counter()
     ks = check_ks(ks, samples)
@@ -84,11 +88,17 @@ def evaluate_model(
     tokenizer = load_tokenizer(config.model.path, setting="MODEL")
     engine = build_engine(config, tokenizer)
 
+    text = ModelText(tokenizer, config.environment.role)
+    episodes = None
+    if config.environment.name is not None:
+        host = LocalCaller("environment", EnvironmentHost(environment_factory(config)))
+        episodes = Episodes([host], text, episode_limits(config))
+
     async def measure() -> list[dict[str, Any]]:
         graders = [build_graders(one.graders, config.grading.concurrency, resources(config)) for one in sets]
         try:
             return [
-                await measure_set(Sampler(engine, ModelText(tokenizer), grader, config, samples), one, ks, advance)
+                await measure_set(Sampler(engine, text, grader, config, samples, episodes), one, ks, advance)
                 for one, grader in zip(sets, graders, strict=True)
             ]
         finally:
@@ -131,6 +141,7 @@ def heldout_sets(config: Config, more: Sequence[str]) -> list[HeldOut]:
     check_heldout(config, task)
     own = task.heldout[: config.evaluation.problems]
     sets = [HeldOut(OWN, own, check_graders(config, task))]
+    default = "exact" if config.environment.name is None else "episode"
     for argument in more:
         name, equals, path = argument.partition("=")
         if not (name and equals and path):
@@ -138,14 +149,23 @@ def heldout_sets(config: Config, more: Sequence[str]) -> list[HeldOut]:
         if name in {known.name for known in sets}:
             raise ConfigError(f"--heldout must have a new name for each set, got {name!r} twice; name one otherwise")
         problems = read_problems(f"--heldout {name}", path, config.data)
-        sets.append(HeldOut(name, problems, chosen_graders(config.reward.grader, config.reward.graders, "exact")))
+        sets.append(HeldOut(name, problems, chosen_graders(config.reward.grader, config.reward.graders, default)))
     return sets
 
 
 class Sampler:
     """Samples and grades one problem at a time; many calls share the engine's batches."""
 
-    def __init__(self, engine: Engine, text: Text, grader: AsyncGrader, config: Config, samples: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        text: Text,
+        grader: AsyncGrader,
+        config: Config,
+        samples: int,
+        episodes: Episodes | None = None,
+    ) -> None:
+        self._episodes = episodes
         self._engine = engine
         self._text = text
         self._grader = grader
@@ -179,6 +199,12 @@ class Sampler:
         )
         return request
 
+    async def _rollouts(self, request: SampleRequest, problem: Problem) -> list[Trajectory]:
+        if self._episodes is None:
+            return [single_turn(sample) for sample in await self._engine.sample(request)]
+        plays = (self._episodes.play(self._engine, request, problem, i) for i in range(request.responses))
+        return list(await asyncio.gather(*plays))
+
     async def run(self, index: int, problem: Problem) -> Outcome | StageError:
         """What became of the problem, or why it could not be judged.
 
@@ -189,7 +215,12 @@ class Sampler:
             request = self.request(index, problem)
         except StageError as error:
             return error
-        answers = await self._engine.sample(request)
+        try:
+            answers = await self._rollouts(request, problem)
+        except StageError as error:
+            if self._episodes is None:
+                raise
+            return error
         longest = self._config.rollout.max_new_tokens
         responses = [
             Response(
@@ -198,6 +229,7 @@ class Sampler:
                 len(answer.token_ids),
                 longest,
                 answer.finish_reason,
+                tuple(answer.turn_rewards),
             )
             for sample, answer in enumerate(answers)
         ]

@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.check import RunPlan
 from deploy.placement import Reservation
 from deploy.remote.coordinator import CoordinatorActor
+from deploy.remote.environment import EnvironmentActor
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
 from deploy.remote.journal import JournalActor
@@ -71,6 +72,11 @@ class RayProcesses:
         self._run_dir = run_dir
         self._plan = plan
         self.store = self._make(PolicyStoreActor, {"max_restarts": -1})
+        # Generation holds their handles. One that starts again has no episodes: those that it had are sampled anew.
+        count = config.environment.actors if config.environment.name is not None else 0
+        self.environments = [
+            self._make(EnvironmentActor, {"max_restarts": -1}, config, os.getcwd()) for _ in range(count)
+        ]
         self.journal = self._make(JournalActor, self._here(), run_dir, config.limits.journal_bytes)
         self.coordinator = self._make(
             CoordinatorActor,
@@ -94,13 +100,19 @@ class RayProcesses:
         return made.remote(*arguments)
 
     def unique(self) -> dict[str, Any]:
-        return {"policy-store": self.store, "journal": self.journal, "coordinator": self.coordinator}
+        environments = {f"environment-{i}": handle for i, handle in enumerate(self.environments)}
+        return {
+            "policy-store": self.store,
+            "journal": self.journal,
+            "coordinator": self.coordinator,
+            **environments,
+        }
 
     def start(self, stage: str, name: str) -> Any:
         options = {"max_restarts": 0, "scheduling_strategy": "SPREAD", **self._reservation.options(stage)}
         weights = weights_of_stage(self._config, self._plan.samples, stage)
         if weights is not None:
-            return self._make(GenerationActor, options, self._config, name, self.store, weights)
+            return self._make(GenerationActor, options, self._config, name, self.store, weights, self.environments)
         match stage:
             case "grading":
                 arguments = (self._config, self._plan.graders, os.getcwd(), self._plan.opponents)

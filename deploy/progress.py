@@ -113,7 +113,7 @@ class Terminal:
             f"All of it: {path}/summary.json",
         ]
         if measured:
-            problems = summary["heldout_problems_before"]
+            problems = summary["heldout_problems_before"] or summary["heldout_problems_after"]
             lines.insert(0, f"Held-out accuracy on {problems} problems: {', '.join(measured)}")
         if summary["state"] == "stopped":
             lines.append(f"Stopped with a checkpoint. Go on with: distrl resume {path}")

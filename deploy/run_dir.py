@@ -80,6 +80,11 @@ class RunDir:
         return self.path / "stop"
 
     @property
+    def scale_request(self) -> Path:
+        """A file that asks the run for another number of processes; see `deploy.scaling`."""
+        return self.path / "scale.json"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 

@@ -42,6 +42,7 @@ def claim(run_dir: RunDir) -> int:
         if run_dir.run_json.exists() and read_state(run_dir) == RunState.RUNNING:
             raise BlockingIOError
         run_dir.stop_request.unlink(missing_ok=True)
+        run_dir.scale_request.unlink(missing_ok=True)
         process = {"pid": os.getpid(), "process_started": _process_start(os.getpid()), "started_s": time.time()}
         record = {"format": FORMAT, "name": run_dir.path.name, **process, "state": RunState.RUNNING}
         write_json(run_dir.run_json, record)

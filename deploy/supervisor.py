@@ -98,6 +98,8 @@ class Supervisor:
             self._crew[slot] = Process(stage, slot, slot, handle, State.STARTING, self._now)
         for process in reversed(there[count:]):
             self.drain(process)
+        if stage in self._counts and self._counts[stage] != count:
+            self._note("scaled", f"{stage}: {count} processes instead of {self._counts[stage]}")
         self._counts[stage] = count
 
     def drain(self, process: Process) -> None:

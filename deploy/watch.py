@@ -9,10 +9,12 @@ from deploy.metrics.run import RunMetrics
 from deploy.process_table import write_processes
 from deploy.progress import Progress
 from deploy.run_dir import RunDir
+from deploy.scaling import done, take_request
 from deploy.stall import StallWatch
 from deploy.supervisor import Supervisor
 from distrl.config import Config
 from distrl.errors import RunError
+from distrl.messages import Whereabouts
 from learners.group import GroupStatus, LearnerGroup
 
 POLL_S = 0.2
@@ -39,6 +41,7 @@ class Watch:
         self._progress = progress
         self._stall = StallWatch(config.limits.stall_warning_s)
         self._seen = -1
+        self._learner: Whereabouts | None = None
         self._started = False
 
     def until_the_end(self) -> dict[str, Any]:
@@ -65,9 +68,16 @@ class Watch:
         snapshot = self._line.snapshot(self._seen)
         self._line.check()
         now = time.monotonic()
+        asked = take_request(self._run_dir)
+        for stage, count in (asked or {}).items():
+            self._supervisor.scale(stage, count)
         self._supervisor.tick(snapshot, now)
-        where = None if snapshot is None else snapshot["learner"]["where"]
-        write_processes(self._run_dir, self._supervisor.processes(), where)
+        if snapshot is not None:
+            # A coordinator that was started again has not been told by a learner that lives.
+            self._learner = snapshot["learner"]["where"] or self._learner
+        write_processes(self._run_dir, self._supervisor.processes(), self._learner)
+        if asked is not None:
+            done(self._run_dir)
         if snapshot is None:
             return None
         if snapshot["started"] and not self._started:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distrl.environments.config import EnvironmentConfig
 from distrl.errors import ConfigError
 from distrl.graders.config import GraderConfig, check_names
 from distrl.masking import MASK, mask, masked_keys
@@ -128,6 +129,12 @@ class GradingConfig(_Section):
     """Most tickets that one call grades."""
     timeout_s: float = Field(120.0, gt=0)
     """Seconds a call may take before it counts as failed."""
+
+    alert_tickets: int = Field(64, ge=2)
+    """Tickets that are compared with as many before them; a sudden shift of reward, pass rate, length or a component is
+    an event of the kind `alert` in the run's metrics."""
+    alert_sigmas: float = Field(8.0, ge=0)
+    """Standard errors from which on a shift is sudden; 0 raises no alerts."""
 
 
 class ReferenceConfig(_Section):
@@ -326,6 +333,7 @@ class Config(_Section):
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
     placement: PlacementConfig = PlacementConfig()

@@ -66,6 +66,8 @@ class GradingReceipt:
     reward_sums: tuple[float, ...]
     correct: tuple[int, ...]
     rollouts: tuple[int, ...]
+    components: tuple[Mapping[str, float], ...]
+    """Means over the ticket's rollouts, by name."""
     failures: tuple[str | None, ...]
     """Why a ticket could not be graded; its rollouts are not in the batch, and its numbers are 0."""
     bytes: int

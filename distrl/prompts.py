@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1024
+_STAND_IN = "stand-in"
 _LOOKED_AT = 1000
 """Problems that are measured of a training set that is made while the run goes on."""
 
@@ -69,6 +70,31 @@ class PromptEncoder:
         if messages:
             return tuple(self._tokenizer.encode(self.render(messages), add_special_tokens=False))
         return tuple(self._tokenizer.encode(prompt))
+
+    def observation(self, text: str, role: str, *, chat: bool) -> tuple[int, ...]:
+        """Token ids of what an environment says after a message of the model, up to where the model speaks again.
+
+        Of a conversation these are the tokens that the chat template puts between the end of one message and the
+        beginning of the next, with the observation in them; the messages themselves keep the tokens they were sampled
+        as. The end-of-sequence token belongs to the message.
+
+        Raises:
+            DataError: the template changes earlier messages when one is added, or refuses the conversation.
+        """
+        if not chat:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        before = [Message("user", _STAND_IN), Message("assistant", _STAND_IN)]
+        turns = [message._asdict() for message in before]
+        said = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        whole = self.render([*before, Message(role, text)])
+        end = self._tokenizer.eos_token
+        head, found, rest = said.rpartition(_STAND_IN)
+        if not found or not whole.startswith(head + _STAND_IN) or not rest.startswith(end or ""):
+            raise DataError(
+                f"{self._setting}: the chat template must go on after a message of the model with its end of sequence "
+                f"{end!r}, got {rest!r}; use a template that keeps earlier messages as they are"
+            )
+        return tuple(self._tokenizer.encode(whole[len(head + _STAND_IN + (end or "")) :], add_special_tokens=False))
 
     def lengths(self, problems: Iterable[Problem]) -> Iterator[tuple[Problem, int]]:
         """Each problem with the tokens of its prompt; in batches, so that a large file takes seconds.

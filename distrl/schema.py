@@ -2,7 +2,8 @@
 
 A batch is validated where it is produced, so that a fault is found beside its cause. Each stage owns its columns;
 `rollout_id` ties them together (see `distrl.rollouts`). Lists have one entry per response token, the
-end-of-sequence token included.
+end-of-sequence token included; `turn_rewards` and `turn_ends` have one per turn of an episode, and are empty where
+there is none.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,8 @@ _GENERATION_FIELDS = [
     _tokens("behavior_logps", pa.float32()),
     _tokens("policy_versions", pa.int32()),
     _tokens("loss_mask", pa.bool_()),
+    _tokens("turn_rewards", pa.float64()),
+    _tokens("turn_ends", pa.int32()),
     _field("finish_reason", pa.string()),
     _field("text", pa.string()),
     _field("temperature", pa.float32()),
@@ -211,6 +214,19 @@ def _check_tokens(stage: Stage, batch: pa.RecordBatch) -> None:
             _refuse(stage, batch, int(row), rule, int(lengths[row]))
 
 
+def _check_turns(stage: Stage, batch: pa.RecordBatch) -> None:
+    tokens, turns = _lengths(batch, "response_token_ids"), _lengths(batch, "turn_rewards")
+    rows = zip(batch.column("turn_rewards").to_pylist(), batch.column("turn_ends").to_pylist(), strict=True)
+    for row, (rewards, ends) in enumerate(rows):
+        if len(ends) != turns[row]:
+            rule = f"turn_ends must have as many entries as turn_rewards ({turns[row]})"
+            _refuse(stage, batch, row, rule, len(ends))
+        if not all(np.isfinite(rewards)):
+            _refuse(stage, batch, row, "turn_rewards must be finite", rewards)
+        if ends != sorted(set(ends)) or any(not 0 < end <= tokens[row] for end in ends):
+            _refuse(stage, batch, row, f"turn_ends must rise, from 1 to the number of tokens ({tokens[row]})", ends)
+
+
 def _check_versions(stage: Stage, batch: pa.RecordBatch) -> None:
     values, offsets = list_values(batch.column("policy_versions"))
     inner = np.ones(len(values), dtype=bool)
@@ -269,6 +285,7 @@ def _check_grades(stage: Stage, batch: pa.RecordBatch) -> None:
 _CHECKS: dict[Stage, tuple[Callable[[Stage, pa.RecordBatch], None], ...]] = {
     Stage.GENERATION: (
         _check_tokens,
+        _check_turns,
         _check_versions,
         _logps_check("behavior_logps"),
         _check_finish_reasons,

@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._world = world
         self._save_tokenizer = save_tokenizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Written | None] | None = None
+        self._pending: tuple[Path, Future[Written | None]] | None = None
 
     def begin(
         self,
@@ -95,26 +95,32 @@ class CheckpointWriter:
             trained: the module that `optimizer` was made for.
             anchors: of the models that follow the policy.
         """
-        aside = directory.with_name(directory.name + ".partial")
+        aside = _aside(directory)
         self._world.from_first(lambda: _make_empty(aside))
         weights, options = get_state_dict(trained, optimizer, options=_OPTIONS)
         sharded = _copy({"weights": weights, "optimizer": options, **_kept(anchors)})
         whole = _copy(whole_tensors(model, self._world.first))
-        self._pending = self._thread.submit(self._write, directory, aside, model, sharded, whole, state)
+        writing = self._thread.submit(self._write, directory, aside, model, sharded, whole, state)
+        self._pending = directory, writing
 
     def finished(self, wait: bool = False) -> Written | None:
         """What has been written since `begin`, once; None while nothing has, and on every worker but the first.
 
         Raises:
-            RunError: it could not be written.
+            RunError: it could not be written; nothing is left of it.
         """
-        if self._pending is None or not (wait or self._pending.done()):
+        if self._pending is None or not (wait or self._pending[1].done()):
             return None
-        pending, self._pending = self._pending, None
+        (directory, writing), self._pending = self._pending, None
         try:
-            return pending.result()
+            return writing.result()
         except (Exception, CheckpointException) as error:
-            raise RunError(f"checkpoint: cannot be written: {type(error).__name__}: {error}") from error
+            if self._world.first:
+                # A full disk needs the room back; what cannot be removed goes before the next attempt.
+                shutil.rmtree(_aside(directory), ignore_errors=True)
+            raise RunError(
+                f"checkpoint {directory}: cannot be written: {_cause(error)}; make room, then go on with distrl resume"
+            ) from error
 
     def _write(
         self,
@@ -209,6 +215,19 @@ def checkpoint_sha256(directory: Path) -> str:
 
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".partial")
+
+
+def _cause(error: BaseException) -> str:
+    """What the disk said, without the tracebacks of all workers that torch.distributed.checkpoint puts around it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
 
 
 def _make_empty(directory: Path) -> None:

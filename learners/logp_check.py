@@ -90,7 +90,7 @@ class LogpCheck:
 
     def _sample(self, batch: TrainingBatch, version: int | None) -> Tensor:
         """Rows with tokens of a version, evenly spaced: a batch is ordered by tickets, which the engines share."""
-        rows = ((batch.versions == version) & batch.tokens.response_mask).any(1).nonzero()[:, 0]
+        rows = ((batch.versions == version) & batch.tensors["mask"]).any(1).nonzero()[:, 0]
         wanted = min(self._settings.rollouts, len(rows))
         return rows[torch.linspace(0, len(rows) - 1, wanted).round().long()] if wanted else rows[:0]
 
@@ -103,7 +103,8 @@ class LogpCheck:
             device = self._policy.device
             logps = self._policy(tokens.to(device), self._settings.temperature).logps.cpu()
         versions = batch.versions[rows, :width]
-        named = (versions == of_version) & tokens.response_mask
+        # What an environment said was sampled by nobody.
+        named = (versions == of_version) & batch.tensors["mask"][rows, :width]
         # With a kept cache only the tokens of a rollout's first version are of that version alone.
         first = versions == versions[:, :1]
         pure = named & (first if self._settings.update_mode == "keep" else named)

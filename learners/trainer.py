@@ -205,7 +205,9 @@ class Trainer:
         for unit in output.per_unit.values():
             if unit.ndim == 2:
                 bad |= ~torch.isfinite(unit).all(1).cpu()
-        return output, float(entropies.double().sum()), set(batch.tensors["group"][index][bad].tolist())
+        # Of what was sampled: what an environment said is no choice of the policy's.
+        sampled = batch.tensors["mask"][index][:, : logps.shape[1]].to(entropies.device)
+        return output, float(entropies.double()[sampled].sum()), set(batch.tensors["group"][index][bad].tolist())
 
     def _metrics(
         self, outputs: Sequence[LossOutput], plan: Plan, entropy: float, batch: TrainingBatch, norm: float
@@ -217,7 +219,7 @@ class Trainer:
             **plan.metrics,
             **totals.metrics(),
             "grad_norm": norm,
-            "entropy": sum(part for _, part in everyone) / batch.response_tokens,
+            "entropy": sum(part for _, part in everyone) / int(batch.tensors["mask"].sum()),
         }
 
     def _skip(

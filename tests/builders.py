@@ -55,6 +55,8 @@ def generation_columns(
         "behavior_logps": [[-0.25 * (1 + g + t) for t in range(n)] for g, n in enumerate(responses)],
         "policy_versions": [[ticket_id + (t > 0) for t in range(n)] for n in responses],
         "loss_mask": [[True] * n for n in responses],
+        "turn_rewards": [[] for _ in responses],
+        "turn_ends": [[] for _ in responses],
         "finish_reason": ["stop"] * rows,
         "text": [f"text {ticket_id}.{g}" for g in range(rows)],
         "temperature": [1.0] * rows,

@@ -221,3 +221,35 @@ def test_measuring_prompts_imports_no_torch_where_there_is_no_tokenizer() -> Non
     code = "import sys, distrl.prompts; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+TURNS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}|{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""A message of the model ends with the end of sequence, and something of the template's follows."""
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_an_observation_continues_a_conversation_as_the_template_would(role: str) -> None:
+    tokenizer = _tokenizer(TURNS)
+    tokenizer.split_special_tokens = False
+    encoder = PromptEncoder(tokenizer)
+    conversation = [Message("user", "2 * 21?")]
+    message = (*tokenizer.encode("Let me see.", add_special_tokens=False), tokenizer.eos_token_id)
+    carried = (*encoder.encode("", conversation), *message, *encoder.observation("42", role, chat=True))
+    whole = encoder.encode("", [*conversation, Message("assistant", "Let me see."), Message(role, "42")])
+    assert carried == whole
+
+
+def test_an_observation_of_a_text_is_the_text_alone() -> None:
+    encoder = PromptEncoder(_tokenizer())
+    assert encoder.observation("42", "user", chat=False) == tuple(_tokenizer().encode("42", add_special_tokens=False))
+
+
+def test_a_template_that_does_not_end_messages_with_the_end_of_sequence_is_refused() -> None:
+    encoder = PromptEncoder(_tokenizer())
+    assert refusal(DataError, lambda: encoder.observation("42", "user", chat=True)) == (
+        "model.path: the chat template must go on after a message of the model with its end of sequence '<eos>', got "
+        "''; use a template that keeps earlier messages as they are"
+    )

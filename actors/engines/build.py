@@ -6,6 +6,14 @@ from distrl.config import Config
 from distrl.sampling import Engine
 
 
+def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end of sequence and those of the model's generation_config.json, of
+    which chat models have several."""
+    more = getattr(model.generation_config, "eos_token_id", None)
+    several = more if isinstance(more, list) else [] if more is None else [more]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *several]))
+
+
 def build_engine(config: Config, tokenizer: Any) -> Engine:
     """The engine that `generation.engine` names, with the weights in `model.path` as policy version 0."""
     if config.generation.engine == "fake":
@@ -26,9 +34,10 @@ def build_engine(config: Config, tokenizer: Any) -> Engine:
     from actors.engines.transformers import TransformersEngine
     from distrl.models import load_model
 
+    model = load_model(config.model.path, torch.float32)
     return TransformersEngine(
-        load_model(config.model.path, torch.float32),
-        eos_token_ids=(tokenizer.eos_token_id,),
+        model,
+        eos_token_ids=end_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id or 0,
         slots=config.generation.slots,
         threads=config.run.threads_per_process,

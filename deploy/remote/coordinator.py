@@ -1,14 +1,17 @@
 """The coordinator's actor."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from actors.calls import RayCaller
 from actors.coordinator import Coordinator
-from actors.pipeline import Pipeline, PipelineLimits
+from actors.flight import Flight
+from actors.pipeline import Grades, Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
+from actors.shifts import ShiftWatch
 from actors.updates import UpdateLimits
 from deploy.remote.located import Located
 from deploy.roles import GENERATION_STAGES, weights_by_role
@@ -45,22 +48,42 @@ class CoordinatorActor(Coordinator, Located):
             RayCaller("journal", journal),
             pipeline_limits(config),
             time.time,
+            episodes=config.environment.name is not None,
             own_pools={
                 role: Pool(GENERATION_STAGES[role]) for role in weights_by_role(config, samples) if role != Role.POLICY
             },
         )
+        recorder = Recorder(run_dir.metrics, time.time)
+        pipeline.on_graded = graded_watch(config, recorder)
         super().__init__(
             coordinator_settings(config, samples),
             Ledger(run_dir.ledger),
             make_prompts(config, left_out),
             pipeline,
-            Recorder(run_dir.metrics, time.time),
+            recorder,
             time.time,
         )
 
     async def join_actor(self, stage: str, name: str, handle: Any) -> None:
         """A stage's process is there; see `Coordinator.join`."""
         await self.join(stage, RayCaller(name, handle), self._capacity[stage])
+
+
+def graded_watch(config: Config, recorder: Recorder) -> Callable[[Flight, Grades], None]:
+    """Watches what graders say of the policy's rollouts, and records sudden shifts."""
+    grading = config.grading
+    watch = ShiftWatch(grading.alert_tickets, grading.alert_sigmas, lambda text: recorder.event("alert", text))
+
+    def observe(flight: Flight, grades: Grades) -> None:
+        if flight.ticket.role == Role.POLICY and grading.alert_sigmas:
+            found = {
+                "reward": grades.reward_sum / grades.rollouts,
+                "pass rate": grades.correct / grades.rollouts,
+                "response tokens": flight.response_tokens / grades.rollouts,
+            }
+            watch.observe(found | {f"component {name}": value for name, value in grades.components.items()})
+
+    return observe
 
 
 def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:

@@ -9,6 +9,7 @@ import torch
 
 from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_engine
+from actors.episodes import EpisodeLimits, Episodes
 from actors.generation import Fetch, Generation
 from deploy.remote.located import Located
 from distrl.config import Config
@@ -23,13 +24,28 @@ from distrl.tickets import POLICY_WEIGHTS
 class GenerationActor(Generation, Located):
     """`Generation` with the engine that the config names, once for each of the weights that it samples from."""
 
-    def __init__(self, config: Config, name: str, store: Any, weights: Sequence[str] = (POLICY_WEIGHTS,)) -> None:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        store: Any,
+        weights: Sequence[str] = (POLICY_WEIGHTS,),
+        environments: Sequence[Any] = (),
+    ) -> None:
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
         engines = {one: build_engine(engine_config(config, one), tokenizer) for one in weights}
-        super().__init__(
-            name, engines, ModelText(tokenizer), config.sampling, store_fetch(name, store, config.limits.sync_timeout_s)
-        )
+        text = ModelText(tokenizer, config.environment.role)
+        callers = [RayCaller(f"environment-{i}", handle) for i, handle in enumerate(environments)]
+        episodes = Episodes(callers, text, episode_limits(config)) if callers else None
+        fetch = store_fetch(name, store, config.limits.sync_timeout_s)
+        super().__init__(name, engines, text, config.sampling, fetch, episodes=episodes)
+
+
+def episode_limits(config: Config) -> EpisodeLimits:
+    """When an episode ends, from the config."""
+    e = config.environment
+    return EpisodeLimits(e.max_turns, e.max_turn_tokens, e.timeout_s)
 
 
 def engine_config(config: Config, weights: str) -> Config:
@@ -81,12 +97,20 @@ class ModelText:
     is what a grader wants to see.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, role: str = "user") -> None:
+        """
+        Args:
+            role: who speaks for an environment in a conversation.
+        """
         self._tokenizer = tokenizer
         self._prompts = PromptEncoder(tokenizer)
+        self._role = role
 
     def encode(self, prompt: str, messages: Sequence[Message] = ()) -> tuple[int, ...]:
         return self._prompts.encode(prompt, messages)
+
+    def observe(self, observation: str, chat: bool) -> tuple[int, ...]:
+        return self._prompts.observation(observation, self._role, chat=chat)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))

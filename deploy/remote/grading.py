@@ -27,9 +27,10 @@ class GradingActor(Grading, Located):
     def __init__(self, config: Config, graders: Graders, folder: str, opponents: int = 0) -> None:
         importable_from(folder)
         concurrency = config.grading.concurrency
+        grader = build_graders(graders, concurrency, resources(config))
         super().__init__(
-            describe(graders),
-            build_graders(graders, concurrency, resources(config)),
+            " ".join(filter(None, [describe(graders), grader.version])),
+            grader,
             concurrency,
             judge=run_judge(config),
             opponents=opponents,

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from distrl.graders.combined import AsyncGrader, CombinedGrader
+from distrl.graders.combined import CombinedGrader
 from distrl.graders.config import GraderConfig
+from distrl.graders.forms import as_grader
 from distrl.graders.limited import Backend, LimitedGrader, Limits
 from distrl.graders.process import ProcessPool
-from distrl.graders.registry import BUILT_IN, import_target, make_grader
+from distrl.graders.registry import BUILT_IN, import_target, resolve
 from distrl.graders.thread import ThreadPool
 
 DEFAULT_TIMEOUT_S = 60.0
@@ -59,7 +60,7 @@ def range_of(target: str, config: GraderConfig) -> tuple[float, float] | None:
     return BUILT_IN[target].range if target in BUILT_IN else None
 
 
-def build_graders(graders: Graders, concurrency: int, resources: Mapping[str, Any] | None = None) -> AsyncGrader:
+def build_graders(graders: Graders, concurrency: int, resources: Mapping[str, Any] | None = None) -> CombinedGrader:
     """All graders, combined; must be called where an event loop runs or will run.
 
     Args:
@@ -68,8 +69,9 @@ def build_graders(graders: Graders, concurrency: int, resources: Mapping[str, An
     Raises:
         ConfigError: there is no such grader, or its options do not suit it.
     """
-    members = [(name, one.weight, _limited(name, one, concurrency, resources or {})) for name, one in graders.items()]
-    return CombinedGrader(members)
+    made = {name: _limited(name, one, concurrency, resources or {}) for name, one in graders.items()}
+    version = " ".join(f"{name}@{grader.content}" for name, grader in made.items() if grader.content)
+    return CombinedGrader([(name, graders[name].weight, grader) for name, grader in made.items()], version)
 
 
 def resources(config: "Config") -> dict[str, Any]:
@@ -84,10 +86,13 @@ def _limited(name: str, config: GraderConfig, concurrency: int, resources: Mappi
     options = {**config.options, **_wanted(import_target(target, setting), resources)}
     processes = config.processes if config.processes is not None else (known.processes if known else 0)
     backend: Backend
+    content = ""
     if processes:
         backend = ProcessPool(target, options, processes)
     else:
-        backend = ThreadPool(target, make_grader(target, setting=setting, options=options))
+        judge = resolve(target, setting, options)
+        backend = ThreadPool(target, as_grader(target, judge))
+        content = str(getattr(judge, "version", ""))
     cached = DEFAULT_CACHE if known is not None and known.cached else 0
     limits = Limits(
         timeout_s=config.timeout_s or (known.timeout_s if known else None) or DEFAULT_TIMEOUT_S,
@@ -97,7 +102,8 @@ def _limited(name: str, config: GraderConfig, concurrency: int, resources: Mappi
         range=range_of(target, config),
     )
     package = version(known.package) if known is not None and known.package else ""
-    return LimitedGrader(target, backend, limits, f"{config.version}/{package}/{sorted(options.items())!r}")
+    whole = f"{config.version}/{package}/{content}/{sorted(options.items())!r}"
+    return LimitedGrader(target, backend, limits, whole, content)
 
 
 def _wanted(target: Callable[..., Any], resources: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,10 +32,12 @@ class CombinedGrader:
 
     Args:
         members: (name, weight, grader) of each.
+        version: of the models and endpoints that they judge by, for the record.
     """
 
-    def __init__(self, members: Sequence[tuple[str, float, AsyncGrader]]) -> None:
+    def __init__(self, members: Sequence[tuple[str, float, AsyncGrader]], version: str = "") -> None:
         self._members = members
+        self.version = version
 
     async def grade(self, problems: Sequence["Problem"], responses: Sequence[str]) -> list[Grade]:
         tasks = [asyncio.ensure_future(grader.grade(problems, responses)) for _, _, grader in self._members]

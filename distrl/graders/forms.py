@@ -19,7 +19,7 @@ and may be repeated.
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distrl import trl_rewards
@@ -190,15 +190,25 @@ def _call_rubric_function(
     return target(**given)
 
 
+def rubric_functions(rubric: Any) -> Iterator[tuple[Callable[..., Any], float, Mapping[str, Any]]]:
+    """Each function of a rubric, or of a group of rubrics, with its weight and the objects that it may ask for."""
+    if members := getattr(rubric, "rubrics", None):
+        for member in members:
+            yield from rubric_functions(member)
+        return
+    objects = getattr(rubric, "class_objects", {})
+    for function, weight in zip(rubric.funcs, rubric.weights, strict=True):
+        yield function, weight, objects
+
+
 def _rubric(rubric: Any) -> Row:
     """The weighted sum of a rubric's functions. A function that raises fails the response: the package itself would
     count 0."""
-    objects = dict(getattr(rubric, "class_objects", {}))
 
     async def judge(problem: "Problem", response: str) -> Grade:
         components: dict[str, float] = {}
         total = 0.0
-        for function, weight in zip(rubric.funcs, rubric.weights, strict=True):
+        for function, weight, objects in rubric_functions(rubric):
             value = float(await _awaitable(_call_rubric_function(function, objects, problem, response)))
             components[function.__name__] = value
             total += weight * value

@@ -45,13 +45,15 @@ class LimitedGrader:
 
     Args:
         version: of the grader and what it judges by; grades of another version are other grades.
+        content: version of the model or endpoint that it judges by; empty where there is none.
     """
 
-    def __init__(self, name: str, backend: Backend, limits: Limits, version: str = "") -> None:
+    def __init__(self, name: str, backend: Backend, limits: Limits, version: str = "", content: str = "") -> None:
         self.name = name
         self._backend = backend
         self._limits = limits
         self._version = version
+        self.content = content
         self._places = asyncio.Semaphore(limits.concurrency)
         self._cache: OrderedDict[bytes, Grade] = OrderedDict()
         self.calls = 0

@@ -52,6 +52,16 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "json_schema": BuiltIn("distrl.graders.text:JsonSchema", needs_answer=False),
     "format": BuiltIn("distrl.graders.text:Format", needs_answer=False),
     "unit_tests": BuiltIn("distrl.graders.code:UnitTests", timeout_s=100.0, needs_answer=False, sandboxed=True),
+    "episode": BuiltIn("distrl.graders.episode:Episode", range=None, cached=False, needs_answer=False),
+    "reward_model": BuiltIn(
+        "distrl.graders.reward_model:RewardModel", range=None, light=False, timeout_s=100.0, needs_answer=False
+    ),
+    "preference_model": BuiltIn(
+        "distrl.graders.preference:ModelJudge", light=False, timeout_s=100.0, cached=False, needs_answer=False
+    ),
+    "judge": BuiltIn(
+        "distrl.graders.endpoint:EndpointJudge", light=False, timeout_s=100.0, cached=False, needs_answer=False
+    ),
     "length": BuiltIn("distrl.graders.length:Length", range=None, cached=False, needs_answer=False),
     "overlong": BuiltIn("distrl.graders.length:Overlong", range=(-1.0, 0.0), cached=False, needs_answer=False),
 }

@@ -290,3 +290,24 @@ def test_a_model_that_is_not_there_is_refused(
     assert capsys.readouterr().err == (
         "DataError: MODEL must be a local directory, got '/nowhere: it is'; names of a model hub are not downloaded\n"
     )
+
+
+class AsksTwice:
+    """Two messages; the second one is rewarded where either held a low digit."""
+
+    def reset(self, problem: Problem) -> str:
+        self._messages: list[str] = []
+        return ""
+
+    def step(self, message: str) -> tuple[str, float, bool]:
+        self._messages.append(message)
+        low = any(digit in text for text in self._messages for digit in "012")
+        return "9", float(low), len(self._messages) == 2
+
+
+def test_episodes_are_played_and_graded_by_their_environment(config: Path, model: Path) -> None:
+    environment = [f"environment.name={__name__}:AsksTwice", "environment.max_turns=2", "reward.grader="]
+    (found,) = measure(load(config, model, *environment, "rollout.max_new_tokens=40"))["sets"]
+    assert (found["grader"], found["failed"]) == ("episode", 0)
+    assert found["reward_mean"] > 0
+    assert found["response_tokens_mean"] > 3  # two messages with their ends, and what stands between

@@ -141,10 +141,13 @@ def test_a_crash_while_writing_leaves_no_directory_of_that_name_and_the_next_att
         raise OSError(28, "No space left on device")
 
     assert refusal(RunError, lambda: write(tmp_path / "step-7", tokenizer=crash)) == (
-        "checkpoint: cannot be written: OSError: [Errno 28] No space left on device"
+        f"checkpoint {tmp_path / 'step-7'}: cannot be written: No space left on device; make room, then go on with "
+        "distrl resume"
     )
-    assert [p.name for p in tmp_path.iterdir()] == ["step-7.partial"]
+    assert list(tmp_path.iterdir()) == []
 
+    (tmp_path / "step-7.partial").mkdir()
+    (tmp_path / "step-7.partial" / "half.json").write_text("{")  # of a process that was killed
     digest = write(tmp_path / "step-7")
     assert [p.name for p in tmp_path.iterdir()] == ["step-7"]
     assert checkpoint_sha256(tmp_path / "step-7") == digest

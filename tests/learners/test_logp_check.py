@@ -177,3 +177,16 @@ def test_the_weights_are_the_same_afterwards() -> None:
     before = copy.deepcopy(policy_tensors(model))
     compare(batch(([1] * 5, old)), version=2, step=3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy_tensors(model).items())
+
+
+def test_what_an_environment_said_is_not_compared() -> None:
+    model = tiny_model()
+    recorded = logps(model)
+    made = batch(([0] * len(RESPONSE), recorded))
+    made.tensors["behavior_logps"][0, 1] = -9.0
+    with pytest.raises(RunError):
+        check(model)(made, 0, 1)
+    made.tensors["mask"][0, 1] = False
+    found = check(model)(made, 0, 1)
+    assert found["logp_mismatch_tokens"] == len(RESPONSE) - 1
+    assert found["logp_mismatch_max"] < 1e-5

@@ -167,6 +167,8 @@ def _batches(
         "behavior_logps": [[-0.5] * n for n in drawn.tokens],
         "policy_versions": [[drawn.version] * n for n in drawn.tokens],
         "loss_mask": [[True] * n for n in drawn.tokens],
+        "turn_rewards": [[]] * GROUP,
+        "turn_ends": [[]] * GROUP,
         "text": [attack or f"answer {i}" for i in ids],
     }
     grading = {
@@ -174,6 +176,7 @@ def _batches(
         "reward": list(drawn.rewards),
         "verdict": ["correct" if r else "wrong" for r in drawn.rewards],
         "reason": [attack] * GROUP,
+        "preference": [None] * GROUP,
         "components": [[]] * GROUP,
         "grader": ["exact"] * GROUP,
         "grading_started_s": [ends_s - 3.5] * GROUP,

@@ -21,8 +21,9 @@ from distrl.audit import Contract, audit
 from distrl.config import make_config
 from distrl.errors import LedgerError, RefusedError, RunError
 from distrl.ledger import Ledger
-from learners.checkpoint import checkpoint_sha256
+from learners.checkpoint import TrainState, checkpoint_sha256, load_checkpoint
 from tests.builders import refusal
+from tests.learners.test_checkpoint import save_checkpoint, save_tokenizer, snapshot, train, trained
 from tests.system.in_process import InProcessRun, build, states, until
 
 
@@ -156,6 +157,40 @@ def test_the_ledger_itself_says_that_the_disk_is_full_and_goes_on_when_there_is_
     disk.free()
     assert ledger.issue(lambda ticket_id: "prompt").ticket_id == issued
     ledger.close()
+
+
+def test_a_checkpoint_onto_a_full_disk_fails_with_the_cause_and_leaves_the_one_before(disk: Mounted) -> None:
+    disk.options("size=8m")
+    model, optimizer = trained(seed=0, steps=1)
+    before, after = disk.path / "step-000001", disk.path / "step-000002"
+    sha256 = save_checkpoint(before, model, optimizer, TrainState(1, 1), save_tokenizer)
+    expected = snapshot(model, optimizer)
+    train(model, optimizer, 1)
+    used = sum(path.stat().st_blocks * 512 for path in before.rglob("*"))
+
+    said = set()
+    # Room for nothing of it, for the training state alone, and for nearly all of it.
+    for room in (8 << 10, used // 2, used - (24 << 10), used - (16 << 10), used - (8 << 10)):
+        disk.options(f"size={used + room}")
+        attempt = refusal(RunError, lambda: save_checkpoint(after, model, optimizer, TrainState(2, 2), save_tokenizer))
+        assert attempt.startswith(f"checkpoint {after}: cannot be written: ")
+        assert attempt.endswith("; make room, then go on with distrl resume")
+        said.add(attempt.removeprefix(f"checkpoint {after}: cannot be written: ").partition(";")[0])
+        assert [path.name for path in disk.path.iterdir()] == [before.name]  # its room is free again
+        assert checkpoint_sha256(before) == sha256
+    # safetensors has an error of its own.
+    assert said <= {
+        "No space left on device",
+        "SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)",
+    }
+    assert "No space left on device" in said
+
+    other, its_optimizer = trained(seed=1, steps=3)
+    assert load_checkpoint(before, other, its_optimizer) == TrainState(1, 1)
+    found = snapshot(other, its_optimizer)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    disk.options("size=8m")
+    save_checkpoint(after, model, optimizer, TrainState(2, 2), save_tokenizer)
 
 
 def finished_run(folder: Path) -> RunDir:

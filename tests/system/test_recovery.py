@@ -183,6 +183,33 @@ def test_a_learner_that_lives_goes_on_with_a_coordinator_that_was_started_again(
     run(scenario())
 
 
+@pytest.mark.parametrize("coordinator", ["lives", "dies"])
+def test_the_first_evaluation_is_made_once_although_the_learner_dies_during_it(
+    tmp_path: Path, coordinator: str
+) -> None:
+    async def scenario() -> None:
+        gate = asyncio.Event()
+
+        async def hold(request: SampleRequest) -> None:
+            if ticket_of(request) < 0:
+                await gate.wait()
+
+        system = build(tmp_path, steps=1, gate=hold)
+        await system.coordinator.start()
+        await until(lambda: states(system).get("ready", 0) >= 2)
+        if coordinator == "dies":
+            system = await coordinator_dies(system, tmp_path, steps=1)
+        await system.coordinator.learner_begins(Whereabouts(1, "here", "", 1))
+        await system.restore(0)
+        gate.set()
+        await until(lambda: bool(system.ledger.evaluations()))
+        await system.learn(1)
+        await system.coordinator.done.wait()
+        assert [(row["name"], row["step"]) for row in system.ledger.evaluations()] == [("before", 0), ("after", 1)]
+
+    run(scenario())
+
+
 def test_a_learner_that_asks_for_its_batch_again_gets_the_same_tickets(tmp_path: Path) -> None:
     async def scenario() -> None:
         system = build(tmp_path, steps=2)

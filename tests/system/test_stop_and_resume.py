@@ -103,6 +103,29 @@ def test_what_was_being_sampled_is_sampled_again_as_the_same_ticket_and_prompt(t
     assert sorted(trained) == [2, 3, 4, 5, 6, 7]
 
 
+def test_a_run_that_was_evaluated_to_the_end_and_then_died_ends_when_it_is_resumed(tmp_path: Path) -> None:
+    """Nobody may wait for an evaluation that the ledger has already."""
+
+    async def first() -> None:
+        system = build(tmp_path, steps=2)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.learn(2)
+        await system.coordinator.done.wait()
+        await system.checkpoint(2, version=2)
+        system.ledger.close()
+
+    async def second() -> list[tuple[str, int]]:
+        system = build(tmp_path, steps=2)
+        await system.coordinator.start()
+        await system.restore(2)
+        await system.coordinator.done.wait()
+        return [(row["name"], row["step"]) for row in system.ledger.evaluations()]
+
+    run(first())
+    assert run(second()) == [("before", 0), ("after", 2)]
+
+
 def test_staleness_counts_steps_and_publishing_again_adds_none(tmp_path: Path) -> None:
     async def second() -> dict[int, int]:
         system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)

@@ -1,0 +1,1 @@
+"""Environments: what a model talks to over several turns."""
