@@ -1,25 +1,27 @@
 """Settings for the tests of the report."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.report.runs import MadeRun, copy_run, make_run
 
+JOURNAL_WAITS = "actors.journal.FLUSH_S"
+"""Set to 0 here: the files are the same, and a run of twelve tickets is written in a tenth of the time. Never longer
+than a test or fixture of this folder: the simulation counts on the seconds that a journal waits."""
 
-@pytest.fixture(autouse=True, scope="session")
-def _journal_writes_at_once() -> Iterator[None]:
-    """The files are the same; a run of twelve tickets is written in a tenth of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actors.journal.FLUSH_S", 0.0)
-        yield
+
+@pytest.fixture(autouse=True)
+def _journal_writes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JOURNAL_WAITS, 0.0)
 
 
 @pytest.fixture(scope="session")
-def usual_run(_journal_writes_at_once: None, tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+def usual_run(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     """A run of four steps that has not finished; only to be read."""
-    return make_run(tmp_path_factory.mktemp("usual"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JOURNAL_WAITS, 0.0)
+        return make_run(tmp_path_factory.mktemp("usual"))
 
 
 @pytest.fixture
