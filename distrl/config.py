@@ -194,7 +194,7 @@ class PreferenceConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
+    """Low-rank adapters (peft): only they are trained."""
 
     rank: int = Field(0, ge=0)
     """Rank of the adapters; 0 trains all parameters."""
@@ -202,6 +202,9 @@ class LoraConfig(_Section):
     """The adapters' product is multiplied with alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get one; empty takes all but the output layer."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What a version of the policy is: `merged`, its weights with the adapters added, or `adapter`, the adapters alone,
+    which each generation actor adds to frozen weights that it keeps. Checkpoints have them merged either way."""
 
 
 class TrainConfig(_Section):
