@@ -291,7 +291,7 @@ class Coordinator:
     def _grant(self, flight: Flight) -> TicketGrant:
         grant = self._ticket_grant(flight)
         bound = self._settings.admission.max_staleness
-        if self._settings.on_stale == "wait" and grant.staleness > bound:
+        if self._settings.on_stale != "keep" and grant.staleness > bound:
             raise LedgerError(
                 f"ticket {grant.ticket_id} would be trained with staleness {grant.staleness}, train.max_staleness is "
                 f"{bound}; this is a fault of distrl, please report it"

@@ -20,6 +20,8 @@ from distrl.tickets import POLICY_WEIGHTS, Ticket, weights_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from actors.adapters import Adapters
+
 Fetch = Callable[[str, int, Mapping[str, Content]], Awaitable[tuple[Manifest, Layout, Sequence[Chunk]]]]
 """Gets a published version of some weights from the policy store, without the tensors that are here already (by name):
 its manifest and the bytes. Has a deadline of its own."""
@@ -44,6 +46,7 @@ class Generation:
         fetch: how to get a published version; called while sampling goes on.
         clock: seconds since the epoch.
         episodes: how to play them, where a rollout is one; else it is one response.
+        adapters: of the engines whose weights are published as adapters alone, by the name of the weights.
     """
 
     def __init__(
@@ -55,8 +58,10 @@ class Generation:
         fetch: Fetch,
         clock: Callable[[], float] = time.time,
         episodes: Episodes | None = None,
+        adapters: "Mapping[str, Adapters] | None" = None,
     ) -> None:
         self._name = name
+        self._adapters = adapters or {}
         self._episodes = episodes
         self._engines = engines
         self._text = text
@@ -154,7 +159,8 @@ class Generation:
     async def pull(self, version: int, weights: str = POLICY_WEIGHTS) -> LoadReceipt:
         """Fetches and verifies a published version while sampling goes on, then loads it between two decode steps.
 
-        Only tensors that differ from those of the last pull are fetched, where the engine can load some alone.
+        Only tensors that differ from those of the last pull are fetched, where the engine can load some alone or
+        adapters are published.
 
         Raises:
             PolicyError: the store does not have it, its bytes are damaged, or a tensor does not fit; the old
@@ -169,7 +175,7 @@ class Generation:
                 report = await self._load(weights, version, tensors)
             except PolicyError as error:
                 raise type(error)(f"{self._name} keeps {weights} version {engine.version}: {error}") from error
-            if engine.loads_changes:
+            if engine.loads_changes or weights in self._adapters:
                 self._have[weights] = {entry.name: entry.content for entry in manifest.tensors}
             moved = sum(tensor.nbytes for tensor in tensors.values())
             return LoadReceipt(
@@ -190,8 +196,14 @@ class Generation:
 
     async def _load(self, weights: str, version: int, tensors: "dict[str, Tensor]") -> LoadReport:
         changed_only = bool(self._have[weights])
+        engine, adapters = self._engines[weights], self._adapters.get(weights)
         try:
-            return await self._engines[weights].load(version, tensors, changed_only=changed_only)
+            if adapters is None:
+                return await engine.load(version, tensors, changed_only=changed_only)
+            merged = await asyncio.to_thread(adapters.merged, version, tensors, changed_only=changed_only)
+            report = await engine.load(version, merged, changed_only=engine.loads_changes)
+            adapters.loaded(tensors)
+            return report
         except PolicyError:
             raise  # refused as a whole
         except BaseException:

@@ -239,6 +239,15 @@ def _check_learner(config: Config, longest_prompt: int) -> None:
             f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
             "are trained"
         )
+    if config.lora.rank == 0 and config.lora.publish != "merged":
+        raise ConfigError(
+            f"lora.publish must be merged where lora.rank is 0, got {config.lora.publish}; there are no adapters to "
+            "publish: set lora.rank, or leave lora.publish out"
+        )
+    if config.lora.rank and find_spec("peft") is None:
+        raise ConfigError(
+            f"lora.rank must be 0 where peft is not installed, got {config.lora.rank}; pip install 'distrl[lora]'"
+        )
 
 
 def check_graders(config: Config, task: Task) -> Graders:
@@ -316,7 +325,12 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
     else:
         age = f"at most {c.train.max_staleness} steps old"
         age += (
-            "; a step waits for a straggler" if c.train.on_stale == "wait" else "; a straggler is kept whatever its age"
+            "; "
+            + {
+                "wait": "a step waits for a straggler",
+                "redraw": f"a straggler is drawn again, {c.limits.redraws} times at most",
+                "keep": "a straggler is kept whatever its age",
+            }[c.train.on_stale]
         )
     reference = (
         f"{c.reference.actors} reference actor(s) score every rollout with {c.reference.path or c.model.path}"
@@ -370,7 +384,8 @@ def _environment_in_words(c: Config) -> list[str]:
 def _explain_learner(config: Config) -> str:
     t = config.train
     workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
-    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+    alone = " published alone" if config.lora.publish == "adapter" else ""
+    what = f"adapters of rank {config.lora.rank}{alone}, " if config.lora.rank else ""
     schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
     return (
         f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "

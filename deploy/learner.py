@@ -149,6 +149,7 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         layout=t.layout,
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
         skipped_in_a_row=config.limits.skipped_steps_in_a_row,
+        publish=config.lora.publish,
         logp_check=LogpCheckSettings(
             # What the fake engine records is no model's.
             rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,

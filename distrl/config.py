@@ -178,11 +178,15 @@ class PreferenceConfig(_Section):
     """How responses are compared, for objectives that read preferences."""
 
     function: str | None = None
-    """`reward_difference`, or `module:function` of the form (first, second, answer, metadata) -> P(first beats
-    second)."""
+    """`reward_difference`, a judge (`preference_model`, `judge`), or `module:function` of the form (first, second,
+    answer, metadata) -> P(first beats second)."""
+    options: dict[str, Any] = {}
+    """Arguments of the judge or of the function."""
+    parallel: int = Field(4, ge=1)
+    """Pairs of a ticket that a judge is asked for at the same time."""
     symmetrize: bool = False
-    """Takes the mean of both positions, for a judge that prefers one; else a function that is not antisymmetric is an
-    error."""
+    """Takes the mean of both positions, for a function that prefers one; else one that is not antisymmetric is an
+    error. Judges are always asked in both."""
     scale: float = Field(1.0, gt=0)
     """`reward_difference`: P = 1 / (1 + exp(-(reward - opponent's reward) / scale))."""
     opponents: int = Field(1, ge=1)
@@ -190,7 +194,7 @@ class PreferenceConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
+    """Low-rank adapters (peft): only they are trained."""
 
     rank: int = Field(0, ge=0)
     """Rank of the adapters; 0 trains all parameters."""
@@ -198,6 +202,9 @@ class LoraConfig(_Section):
     """The adapters' product is multiplied with alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get one; empty takes all but the output layer."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What a version of the policy is: `merged`, its weights with the adapters added, or `adapter`, the adapters alone,
+    which each generation actor adds to frozen weights that it keeps. Checkpoints have them merged either way."""
 
 
 class TrainConfig(_Section):
@@ -223,8 +230,9 @@ class TrainConfig(_Section):
     """Tickets of one batch; the batch holds this many times `rollout.group_size` rollouts."""
     max_staleness: int = Field(2, ge=0)
     """Most optimizer steps between the oldest version in a rollout and the learner; 0 is synchronous training."""
-    on_stale: Literal["wait", "keep"] = "wait"
-    """`wait`: a step waits for a ticket that would become too old; `keep`: it is trained whenever it comes."""
+    on_stale: Literal["wait", "redraw", "keep"] = "wait"
+    """`wait`: a step waits for a ticket that would become too old; `redraw`: it is aborted and drawn again with the
+    next seed, at most `limits.redraws` times; `keep`: it is trained whenever it comes."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
     lr_schedule: Literal[
@@ -316,6 +324,8 @@ class LimitsConfig(_Section):
     """Seconds without progress after which the run says who is waiting for whom."""
     skipped_steps_in_a_row: int = Field(3, ge=0)
     """Optimizer steps that may be skipped in a row because their gradient is not finite; one more ends the run."""
+    redraws: int = Field(3, ge=1)
+    """Times that a ticket may be drawn again where `train.on_stale` is `redraw`; one more drops it."""
     drops_in_a_row: int = Field(64, ge=1)
     """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
     ready_bytes: int = Field(1 << 30, ge=1)
@@ -371,6 +381,21 @@ class Config(_Section):
                     f"generation.{key} must be {default!r} for generation.engine {g.engine}, which does not read it, "
                     f"got {value!r}; leave it out, or take another engine"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _redraws_happen(self) -> "Config":
+        t = self.train
+        if t.on_stale == "redraw" and t.max_staleness == 0:
+            raise ValueError(
+                "train.on_stale must be wait or keep where train.max_staleness is 0, got redraw; a synchronous step "
+                "trains all tickets that are under way, and has none to draw again: raise train.max_staleness"
+            )
+        if t.on_stale != "redraw" and self.limits.redraws != LimitsConfig().redraws:
+            raise ValueError(
+                f"limits.redraws must be left out where train.on_stale is {t.on_stale}, which draws nothing again, got "
+                f"{self.limits.redraws}; set train.on_stale=redraw, or leave it out"
+            )
         return self
 
     @property

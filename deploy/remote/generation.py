@@ -8,11 +8,11 @@ import ray
 import torch
 
 from actors.calls import RayCaller, WorkerLostError, unwrap
-from actors.engines.build import build_engine
+from actors.engines.build import build_adapters, build_engine
 from actors.episodes import EpisodeLimits, Episodes
 from actors.generation import Fetch, Generation
 from deploy.remote.located import Located
-from distrl.config import Config
+from distrl.config import Config, LoraConfig
 from distrl.errors import DeadlineError, LostWeightsError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer
@@ -34,12 +34,15 @@ class GenerationActor(Generation, Located):
     ) -> None:
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
-        engines = {one: build_engine(engine_config(config, one), tokenizer) for one in weights}
+        configs = {one: engine_config(config, one) for one in weights}
+        engines = {one: build_engine(configs[one], tokenizer) for one in weights}
+        built = {one: build_adapters(configs[one], engine) for one, engine in engines.items()}
+        adapters = {one: adapters for one, adapters in built.items() if adapters is not None}
         text = ModelText(tokenizer, config.environment.role)
         callers = [RayCaller(f"environment-{i}", handle) for i, handle in enumerate(environments)]
         episodes = Episodes(callers, text, episode_limits(config)) if callers else None
         fetch = store_fetch(name, store, config.limits.sync_timeout_s)
-        super().__init__(name, engines, text, config.sampling, fetch, episodes=episodes)
+        super().__init__(name, engines, text, config.sampling, fetch, episodes=episodes, adapters=adapters)
 
 
 def episode_limits(config: Config) -> EpisodeLimits:
@@ -51,8 +54,10 @@ def episode_limits(config: Config) -> EpisodeLimits:
 def engine_config(config: Config, weights: str) -> Config:
     """The config for the engine of these weights: the directory that it starts from, and its part of the device."""
     changes: dict[str, Any] = {}
-    if weights == "reference" and config.reference.path is not None:
-        changes["model"] = config.model.model_copy(update={"path": config.reference.path})
+    if weights == "reference":
+        changes["lora"] = LoraConfig()  # it is never trained
+        if config.reference.path is not None:
+            changes["model"] = config.model.model_copy(update={"path": config.reference.path})
     if config.generation.engine == "vllm" and config.placement.mode in ("shared", "turns"):
         memory: dict[str, Any] = {"gpu_memory_utilization": config.placement.generation_share}
         if config.placement.mode == "turns":
