@@ -1,7 +1,6 @@
 """The learner under Ray Train: its connection to the run, its worker function, and the group as the run sees it."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,6 @@ from distrl.config import Config
 from distrl.errors import DeadlineError, DistrlError, RunError
 from distrl.messages import BatchGrant, LearnerStart, Manifest, PublishAgain, StepReport, TicketGrant, Whereabouts
 from learners.checkpoint import TrainState
-from learners.group import GroupStatus
 from learners.logp_check import LogpCheckSettings
 from learners.loop import train
 from learners.parallel import ParallelSettings
@@ -67,15 +65,20 @@ class RayLink:
         self._outage_s = outage_s
         self._session = 0
 
-    def begin(self, where: Whereabouts) -> LearnerStart:
-        """This process begins; the checkpoint that it goes on from."""
-        start: LearnerStart = self._get(lambda: self._coordinator.learner_begins.remote(where), "learner_begins")
-        self._session = start.session
+    def begin(self, workers: Sequence[Whereabouts]) -> LearnerStart:
+        """A group of these processes begins, this one is the first; the checkpoint that it goes on from."""
+        start: LearnerStart = self._get(
+            lambda: self._coordinator.learner_begins.remote(workers[0], tuple(workers)), "learner_begins"
+        )
         return start
+
+    def sit(self, session: int) -> None:
+        """What this process says from now on it says in this session."""
+        self._session = session
 
     def failed(self, cause: str) -> None:
         """The run cannot go on with this learner or another one."""
-        self._get(lambda: self._coordinator.learner_failed.remote(cause), "learner_failed")
+        self._get(lambda: self._coordinator.learner_failed.remote(cause, self._session or None), "learner_failed")
 
     def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
         while True:
@@ -248,84 +251,14 @@ def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
-    start = world.from_first(partial(link.begin, whereabouts()))
+    start = world.from_first(partial(link.begin, world.gather(whereabouts())))
+    link.sit(start.session)
     resume = None
     if start.checkpoint is not None:
         resume = trainer.restore(Path(start.checkpoint))
     elif start.publish:
         resume = TrainState(step=0, version=0)  # the weights that the run began with, under a new version
-    train(trainer, loop_settings(config, run_dir), link, world, resume, report)
-
-
-class RayTrainGroup:
-    """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
-
-    A worker that dies is started again by Ray Train, as often as it takes: the supervisor counts and ends the run when
-    it is too often. What the worker goes on from the coordinator says, not Ray Train.
-    """
-
-    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
-        self._arguments = {
-            "config": config,
-            "run_dir": run_dir,
-            "coordinator": coordinator,
-            "store": store,
-        }
-        self._run_dir = run_dir
-        self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
-        self._status = GroupStatus.STARTING
-        self._error: BaseException | None = None
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def status(self) -> GroupStatus:
-        return self._status
-
-    def error(self) -> BaseException | None:
-        return self._error
-
-    def stop(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def _fit(self) -> None:
-        # Imported here, beside the start of the other actors: it takes seconds.
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        train = self._arguments["config"].train
-        try:
-            trainer = TorchTrainer(
-                worker_main,
-                train_loop_config=self._arguments,
-                scaling_config=ScalingConfig(
-                    num_workers=train.workers,
-                    use_gpu=train.device == "cuda",
-                    resources_per_worker={"CPU": 0, RESOURCE: 1, **({"GPU": 1} if train.device == "cuda" else {})},
-                ),
-                # Small messages and checkpoints stay on the CPU.
-                torch_config=TorchConfig(backend="gloo" if train.device == "cpu" else "cpu:gloo,cuda:nccl"),
-                run_config=RunConfig(
-                    name="learner",
-                    storage_path=str(self._run_dir.path / "ray_train"),
-                    failure_config=FailureConfig(max_failures=-1),
-                ),
-            )
-            self._status = GroupStatus.RUNNING
-            trainer.fit()
-            self._status = GroupStatus.FINISHED
-        except BaseException as error:  # noqa: BLE001  (kept for the run, which raises it in its own thread)
-            self._error = RunError(f"the learner failed: {_cause(error)}")
-            self._status = GroupStatus.FAILED
-
-
-def _cause(error: BaseException) -> str:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    return f"{type(error).__name__}: {error}"
+    train(trainer, loop_settings(config, run_dir), link, world, resume, report, republish=start.publish)
 
 
 def train_environment() -> None:

@@ -182,11 +182,15 @@ class PreferenceConfig(_Section):
     """How responses are compared, for objectives that read preferences."""
 
     function: str | None = None
-    """`reward_difference`, or `module:function` of the form (first, second, answer, metadata) -> P(first beats
-    second)."""
+    """`reward_difference`, a judge (`preference_model`, `judge`), or `module:function` of the form (first, second,
+    answer, metadata) -> P(first beats second)."""
+    options: dict[str, Any] = {}
+    """Arguments of the judge or of the function."""
+    parallel: int = Field(4, ge=1)
+    """Pairs of a ticket that a judge is asked for at the same time."""
     symmetrize: bool = False
-    """Takes the mean of both positions, for a judge that prefers one; else a function that is not antisymmetric is an
-    error."""
+    """Takes the mean of both positions, for a function that prefers one; else one that is not antisymmetric is an
+    error. Judges are always asked in both."""
     scale: float = Field(1.0, gt=0)
     """`reward_difference`: P = 1 / (1 + exp(-(reward - opponent's reward) / scale))."""
     opponents: int = Field(1, ge=1)

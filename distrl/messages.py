@@ -31,7 +31,8 @@ class LearnerStart:
     checkpoint: str | None
     """Directory of the checkpoint that the ledger named last, None where there is none."""
     publish: bool
-    """Whether the weights that it loads have to be published before the first step."""
+    """Whether the weights that it loads have to be published before the first step, under a new version; not where
+    they are those that were published last."""
 
 
 @dataclass(frozen=True, slots=True)
