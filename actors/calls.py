@@ -87,6 +87,9 @@ class RayCaller:
         try:
             async with asyncio.timeout(timeout_s):
                 return await ref
+        except asyncio.CancelledError:
+            ray.cancel(ref)
+            raise
         except (TimeoutError, GetTimeoutError):
             ray.cancel(ref)
             raise _late(self.name, method, timeout_s) from None

@@ -61,6 +61,8 @@ class Coalescer:
         held: list[_Job] = []  # suspects that no worker can take now
         while self._queue:
             job = self._queue.popleft()
+            if job.answer.done():  # nobody waits for it any more
+                continue
             suspect = self._suspect(job.content)
             member = self._pool.take(fits=unsuspected if suspect else anybody)
             if member is None:

@@ -18,7 +18,7 @@ from actors.learner_seat import LearnerSeat
 from actors.outcome import Outcome
 from actors.pipeline import Pipeline
 from actors.policy_versions import PolicyVersions
-from actors.pool import Pool
+from actors.pool import Member, Pool
 from actors.recorder import Recorder
 from actors.settings import CoordinatorSettings, Prompts
 from actors.turns import Turns
@@ -71,6 +71,8 @@ class Coordinator:
         self._may_load = asyncio.Event()
         """Set once the weights may change that sample for training."""
         self._crew = Crew(pipeline)
+        self._entering: set[tuple[Updates, Member]] = set()
+        """Who is asked for the weights that it holds; until it has answered nobody keeps it at the newest."""
         self._learner = LearnerSeat()
         self._step = ledger.trained_step()  # the last step that was granted
         self._started = self._begun = False
@@ -101,7 +103,8 @@ class Coordinator:
         self._started = True
         for pool, updates, may_load in self._followed():
             for member in pool.members:
-                self._outcome.spawn(updates.follow(pool, member, may_load, self._awake))
+                if (updates, member) not in self._entering:
+                    self._outcome.spawn(updates.follow(pool, member, may_load, self._awake))
         self._outcome.spawn(self._go_on() if self._resumed else self._begin())
 
     async def join(self, stage: str, caller: Caller, capacity: int) -> None:
@@ -109,11 +112,13 @@ class Coordinator:
         member = self._crew.add(stage, caller, capacity)
         if member is None:
             return
-        for pool, updates, may_load in self._followed():
-            if member in pool.members:
-                await updates.enter(pool, member, may_load)
-                if self._started:
-                    self._outcome.spawn(updates.follow(pool, member, may_load, self._awake))
+        followed = [(pool, updates, may_load) for pool, updates, may_load in self._followed() if member in pool.members]
+        self._entering |= {(updates, member) for _, updates, _ in followed}
+        for pool, updates, may_load in followed:
+            await updates.enter(pool, member, may_load)
+            self._entering.remove((updates, member))
+            if self._started:
+                self._outcome.spawn(updates.follow(pool, member, may_load, self._awake))
         self._recorder.event("joined", caller.name)
         await self._crew.changed()
 
@@ -281,7 +286,7 @@ class Coordinator:
     def _grant(self, flight: Flight) -> TicketGrant:
         grant = self._ticket_grant(flight)
         bound = self._settings.admission.max_staleness
-        if self._settings.on_stale == "wait" and grant.staleness > bound:
+        if self._settings.on_stale != "keep" and grant.staleness > bound:
             raise LedgerError(
                 f"ticket {grant.ticket_id} would be trained with staleness {grant.staleness}, train.max_staleness is "
                 f"{bound}; this is a fault of distrl, please report it"

@@ -124,7 +124,7 @@ class Dispatcher:
         flight = self._flight(draw, oldest_step=member.step)
         flight.versions = (member.version,)  # the oldest that may sample it
         self.flights.add(flight)
-        self._outcome.spawn(self._carry(flight, member))
+        flight.task = self._outcome.spawn(self._carry(flight, member))
 
     def _flight(self, draw: Draw, oldest_step: int) -> Flight:
         ticket_id, prompt_id, redraw = draw
@@ -150,6 +150,9 @@ class Dispatcher:
     async def _carry(self, flight: Flight, member: Member) -> None:
         """Takes one ticket through its stages until it is ready, dropped, or has to be sampled again."""
         ticket_id = flight.ticket.ticket_id
+        if flight.aborted:  # before it began
+            await self._pipeline.generation.give_back(member, self._settings.group_size)
+            return
         try:
             # Looked at with every attempt: a roll-back may ask for less meanwhile.
             receipt = await self._pipeline.sample(flight, member, lambda m: m.step >= flight.oldest_step)
@@ -197,10 +200,14 @@ class Dispatcher:
         )
         flight.opponents = met.flight.generation
 
-    def sample_again(self, flight: Flight, cause: ReturnCause) -> None:
-        """What was sampled for a ticket is lost or of no use: it is issued again, with the same noise."""
+    def sample_again(self, flight: Flight, cause: ReturnCause, *, redraw: bool = False) -> None:
+        """What was sampled for a ticket is lost or of no use: it is issued again, with the same noise.
+
+        Args:
+            redraw: with other noise.
+        """
         self.flights.remove(flight)
-        again = self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=False)
+        again = self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=redraw)
         # In the order of tickets, as they were drawn: synchronous batches depend on it.
         self._again = deque(sorted((*self._again, again)))
 
@@ -232,7 +239,27 @@ class Dispatcher:
         if not batch and self._return_hopeless(step):
             self.issue()
             batch = self.flights.choose(step)
+        if not batch and (overdue := self.flights.overdue(step)):
+            for flight in overdue:
+                self._redraw(flight)
+            batch = self.flights.choose(step)
         return batch
+
+    def _redraw(self, flight: Flight) -> None:
+        """Aborts a ticket that the next step would make too stale, and draws it again, or drops it."""
+        ticket, limit = flight.ticket, self._settings.redraws
+        stage = flight.stage
+        flight.abort()
+        if ticket.redraw < limit:
+            self.sample_again(flight, ReturnCause.REDRAWN, redraw=True)
+            self._recorder.event("redrawn", f"ticket {ticket.ticket_id} in {stage}, draw {ticket.redraw + 1}")
+            return
+        error = TicketFailedError(
+            DropReason.TOO_STALE,
+            f"ticket {ticket.ticket_id} was not ready in time in {limit + 1} draws (limits.redraws = {limit})",
+        )
+        self.drop(flight, error.reason, error.detail)
+        self._count_drop(error)
 
     def _return_hopeless(self, step: int) -> int:
         """Ready tickets too far from the weights that the learner was rolled back to are sampled again; how many."""

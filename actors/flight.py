@@ -1,5 +1,6 @@
 """A ticket under way: what is known of it, and references to its columns."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +37,20 @@ class Flight:
     """Workers that died while they had it."""
     timeline: list[Span] = field(default_factory=list)
     """What was done to it when, for the report of who waits for whom."""
+    task: "asyncio.Task[None] | None" = None
+    """Takes it through its stages."""
+    aborted: bool = False
+    """What is sampled for it is of no use any more."""
 
     def enter(self, stage: str, now: float) -> None:
         self.stage, self.stage_since_s = stage, now
+
+    def abort(self) -> None:
+        """Ends the calls under way for it."""
+        self.aborted = True
+        # A task that has not begun would never run, and nobody give the places back that it was given.
+        if self.task is not None and self.stage != "issue":
+            self.task.cancel()
 
     @property
     def ready(self) -> bool:

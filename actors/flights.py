@@ -11,7 +11,7 @@ class Flights:
     """Bookkeeping of the coordinator; decides nothing that `Admission` does not.
 
     Args:
-        on_stale: `wait` or `keep`, see `distrl.config.TrainConfig`.
+        on_stale: `wait`, `redraw` or `keep`, see `distrl.config.TrainConfig`.
         ready_bytes: size of the sampled rollouts beyond which no ticket is issued.
         trained_steps: optimizer steps that an earlier process has trained.
     """
@@ -93,6 +93,13 @@ class Flights:
         outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self.under_way.values()]
         trainable = self._admission.trainable(outstanding, step)
         return [f for i, f in sorted(self.under_way.items()) if f.ready and i not in trainable]
+
+    def overdue(self, step: int) -> list[Flight]:
+        """Tickets that are not ready and that alone keep the step from its batch; see `Admission.overdue`."""
+        if self._on_stale != "redraw":
+            return []
+        outstanding = [Outstanding(f.ticket.ticket_id, f.oldest_step, f.ready) for f in self.under_way.values()]
+        return [self.under_way[i] for i in self._admission.overdue(outstanding, step)]
 
     def grant(self, flight: Flight) -> None:
         self.remove(flight)

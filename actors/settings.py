@@ -22,6 +22,7 @@ class CoordinatorSettings:
     drops_in_a_row: int
     evaluate_every_steps: int
     keep_checkpoints: int
+    redraws: int
     turns: bool = False
     """Whether generation and learner take turns on one device; only with a staleness bound of 0."""
     opponents: bool = False

@@ -87,6 +87,7 @@ async def run(directory: Path, actors: int, tickets: int, group_size: int) -> di
         drops_in_a_row=8,
         evaluate_every_steps=0,
         keep_checkpoints=2,
+        redraws=3,
     )
     ledger = Ledger(directory / "ledger.sqlite")
     heldout = [Problem.of("0", "0")]

@@ -32,11 +32,13 @@ def audit_run(path: Path) -> Audit:
 def _contract(run_dir: RunDir) -> Contract:
     # Not load_config: a config with masked secrets cannot be run again, but its run can be audited.
     try:
-        train: dict[str, Any] = yaml.safe_load(run_dir.config.read_text())["train"]
+        config: dict[str, Any] = yaml.safe_load(run_dir.config.read_text())
+        train = config["train"]
         return Contract(
             tickets_per_step=train["tickets_per_step"],
             max_staleness=None if train["on_stale"] == "keep" else train["max_staleness"],
             finished=read_state(run_dir) == RunState.FINISHED,
+            redraws=config["limits"]["redraws"] if train["on_stale"] == "redraw" else 0,
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise RunError(f"{run_dir.config}: must be readable, with a section train ({error!r}); restore it") from error

@@ -316,7 +316,12 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
     else:
         age = f"at most {c.train.max_staleness} steps old"
         age += (
-            "; a step waits for a straggler" if c.train.on_stale == "wait" else "; a straggler is kept whatever its age"
+            "; "
+            + {
+                "wait": "a step waits for a straggler",
+                "redraw": f"a straggler is drawn again, {c.limits.redraws} times at most",
+                "keep": "a straggler is kept whatever its age",
+            }[c.train.on_stale]
         )
     reference = (
         f"{c.reference.actors} reference actor(s) score every rollout with {c.reference.path or c.model.path}"

@@ -33,6 +33,8 @@ class Contract:
     """Optimizer steps; None where stale rollouts are kept."""
     finished: bool
     """Whether the run has ended as planned: then every ticket must be committed or dropped."""
+    redraws: int = 0
+    """How often one ticket may be drawn again with other noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class _Auditor:
             ("order", self._check_order()),
             ("finished", self._check_finished()),
             ("drops", self._check_drops()),
+            ("redraws", self._check_redraws()),
             ("trained_once", self._check_trained_once()),
             ("committed", self._check_committed()),
             ("batches", self._check_batches()),
@@ -204,6 +207,18 @@ class _Auditor:
         for ticket in self._tickets:
             if (ticket["state"] == "dropped") != (ticket["drop_reason"] is not None):
                 yield f"ticket {ticket['ticket_id']} is {ticket['state']} with drop reason {ticket['drop_reason']}"
+
+    def _check_redraws(self) -> Iterator[str]:
+        """A ticket meets other noise only where it was drawn again for its age, and not too often."""
+        redrawn = Counter(
+            r["ticket_id"] for r in self._reader.rows("SELECT ticket_id FROM returns WHERE cause = 'redrawn'")
+        )
+        for ticket in self._tickets:
+            name, redraw = f"ticket {ticket['ticket_id']}", ticket["redraw"]
+            if redraw != redrawn[ticket["ticket_id"]]:
+                yield f"{name} is draw {redraw} of its prompt, and was drawn again {redrawn[ticket['ticket_id']]} times"
+            if redraw > self._contract.redraws:
+                yield f"{name} was drawn again {redraw} times, at most {self._contract.redraws} are allowed"
 
     def _check_trained_once(self) -> Iterator[str]:
         """On the branch of the newest weights every trained ticket stands once, and no other does."""

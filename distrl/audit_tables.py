@@ -1,4 +1,4 @@
-"""Who was dropped and who was waited for, by length and difficulty: dropping favors short and easy answers."""
+"""Who was dropped, drawn again and waited for, by length and difficulty: dropping favors short and easy answers."""
 
 import math
 from collections import defaultdict
@@ -18,6 +18,8 @@ class Share:
     """By reason."""
     waited_s: float
     """Seconds that the learner waited for one of them."""
+    redrawn: int
+    """How often one of them was drawn again because it was late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Selection:
     """Tickets by mean response length and by difficulty.
 
     What a dropped ticket's response would have been is not known if it was never sampled: it then counts with the mean
-    of the other tickets of its prompt, and as `unknown` where there are none.
+    of the other tickets of its prompt, and as `unknown` where there are none. One that was drawn again counts with the
+    responses of its last draw, which was in time: long answers count as shorter than those that were aborted.
     """
 
     by_length: Mapping[str, Share]
@@ -97,7 +100,7 @@ def _shares(tickets: Sequence[Row], waited: Mapping[int, float], bucket: Mapping
                 dropped[ticket["drop_reason"]] += 1
         trained = sum(t["state"] in ("trained", "committed") for t in groups[name])
         seconds = sum(waited.get(t["ticket_id"], 0.0) for t in groups[name])
-        shares[name] = Share(trained, dict(dropped), seconds)
+        shares[name] = Share(trained, dict(dropped), seconds, sum(t["redraw"] for t in groups[name]))
     return shares
 
 

@@ -223,8 +223,9 @@ class TrainConfig(_Section):
     """Tickets of one batch; the batch holds this many times `rollout.group_size` rollouts."""
     max_staleness: int = Field(2, ge=0)
     """Most optimizer steps between the oldest version in a rollout and the learner; 0 is synchronous training."""
-    on_stale: Literal["wait", "keep"] = "wait"
-    """`wait`: a step waits for a ticket that would become too old; `keep`: it is trained whenever it comes."""
+    on_stale: Literal["wait", "redraw", "keep"] = "wait"
+    """`wait`: a step waits for a ticket that would become too old; `redraw`: it is aborted and drawn again with the
+    next seed, at most `limits.redraws` times; `keep`: it is trained whenever it comes."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
     lr_schedule: Literal[
@@ -316,6 +317,8 @@ class LimitsConfig(_Section):
     """Seconds without progress after which the run says who is waiting for whom."""
     skipped_steps_in_a_row: int = Field(3, ge=0)
     """Optimizer steps that may be skipped in a row because their gradient is not finite; one more ends the run."""
+    redraws: int = Field(3, ge=1)
+    """Times that a ticket may be drawn again where `train.on_stale` is `redraw`; one more drops it."""
     drops_in_a_row: int = Field(64, ge=1)
     """Tickets that may be dropped with no ticket becoming ready between them; one more ends the run with the cause."""
     ready_bytes: int = Field(1 << 30, ge=1)
@@ -371,6 +374,21 @@ class Config(_Section):
                     f"generation.{key} must be {default!r} for generation.engine {g.engine}, which does not read it, "
                     f"got {value!r}; leave it out, or take another engine"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _redraws_happen(self) -> "Config":
+        t = self.train
+        if t.on_stale == "redraw" and t.max_staleness == 0:
+            raise ValueError(
+                "train.on_stale must be wait or keep where train.max_staleness is 0, got redraw; a synchronous step "
+                "trains all tickets that are under way, and has none to draw again: raise train.max_staleness"
+            )
+        if t.on_stale != "redraw" and self.limits.redraws != LimitsConfig().redraws:
+            raise ValueError(
+                f"limits.redraws must be left out where train.on_stale is {t.on_stale}, which draws nothing again, got "
+                f"{self.limits.redraws}; set train.on_stale=redraw, or leave it out"
+            )
         return self
 
     @property

@@ -4,6 +4,7 @@
 tokens and the learner's version, along the tree of versions. `docs/staleness.md` has the argument.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,6 +143,33 @@ class Admission:
         else:
             waiting = sorted(t.ticket_id for t in unready if deadline[t.ticket_id] <= max(late))
         return Choice((), tuple(waiting))
+
+    def overdue(self, outstanding: Iterable[Outstanding], step: int) -> tuple[int, ...]:
+        """As few tickets as possible, none of them ready, without which the step from `step` on has its batch.
+
+        None where fewer than `tickets_per_step` are ready: then the step lacks rollouts, and not time. The tickets left
+        over by the batch are taken in the order of deadlines; where one would be too late, the first that is not ready
+        gives up its place (Moore and Hodgson's rule for tasks of equal length).
+        """
+        size = self.tickets_per_step
+        in_order = sorted(outstanding, key=lambda t: (t.oldest_step, t.ticket_id))
+        batch = {t.ticket_id for t in [t for t in in_order if t.ready][:size]}
+        if len(batch) < size:
+            return ()
+        given_up: list[int] = []
+        waiting: deque[int] = deque()
+        kept = 0
+        for ticket in in_order:
+            if ticket.ticket_id in batch:
+                continue
+            if not ticket.ready:
+                waiting.append(ticket.ticket_id)
+            kept += 1
+            # Ready ones alone are in time, but for those that weights sampled which were left; see `trainable`.
+            if ticket.oldest_step + self.max_staleness < step + 1 + (kept - 1) // size and waiting:
+                given_up.append(waiting.popleft())
+                kept -= 1
+        return tuple(sorted(given_up))
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class DropReason(StrEnum):
     JOURNAL_FAILED = "journal_failed"
     POISON = "poison"
     """Worker after worker died that had it."""
+    TOO_STALE = "too_stale"
+    """It was drawn again `limits.redraws` times, and was too late each time."""
     RUN_ENDED = "run_ended"
 
 
@@ -72,6 +74,8 @@ class ReturnCause(StrEnum):
     """Its step was not part of a checkpoint when the learner ended."""
     TOO_STALE = "too_stale"
     """It could not be trained within `train.max_staleness` any more."""
+    REDRAWN = "redrawn"
+    """The next step would have made it too stale before it was ready, and `train.on_stale` is `redraw`."""
     DATA_LOST = "data_lost"
     """Its rollouts were lost with a node before they were in the journal."""
 

@@ -20,9 +20,9 @@ def audit(run: RunPath, as_json: Json = False) -> None:
     """Prove that no prompt of RUN was lost and no ticket trained twice, from its ledger and journal alone.
 
     Checks that every ticket is accounted for once, that the order has no gap, that every step trained one whole batch
-    within its staleness bound, and that rollouts and checkpoints are on disk under their hashes. Tells drops and waits
-    by length and difficulty, and what was issued again and why. RUN may go on meanwhile; nothing is written. The exit
-    status is 1 where a rule is broken.
+    within its staleness bound, and that rollouts and checkpoints are on disk under their hashes. Tells drops, redraws
+    and waits by length and difficulty, and what was issued again and why. RUN may go on meanwhile; nothing is written.
+    The exit status is 1 where a rule is broken.
 
     Example: distrl audit runs/mine --json
     """
@@ -70,4 +70,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _table(title: str, shares: "Mapping[str, Share]") -> Iterator[str]:
     yield title
     for name, share in shares.items():
-        yield f"    {name:<20} {share.trained} trained, waited {share.waited_s:.1f} s, dropped {_counts(share.dropped)}"
+        yield (
+            f"    {name:<20} {share.trained} trained, waited {share.waited_s:.1f} s, "
+            f"drawn again {share.redrawn} times, dropped {_counts(share.dropped)}"
+        )

@@ -141,6 +141,7 @@ def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset())
         drops_in_a_row=config.limits.drops_in_a_row,
         evaluate_every_steps=config.evaluation.every_steps,
         keep_checkpoints=config.train.keep_checkpoints,
+        redraws=config.limits.redraws,
         turns=config.placement.mode == "turns",
         opponents=Role.OPPONENT in samples,
     )

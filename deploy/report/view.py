@@ -116,7 +116,7 @@ def _tiles(data: ReportData) -> tuple[Tile, ...]:
 def _bound_note(bound: object, on_stale: object) -> str:
     if bound is None:
         return "optimizer steps"
-    return f"steps; allowed {bound}" if on_stale == "wait" else f"steps; aim {bound}, kept beyond"
+    return f"steps; aim {bound}, kept beyond" if on_stale == "keep" else f"steps; allowed {bound}"
 
 
 def _graders(facts: Facts) -> str:

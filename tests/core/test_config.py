@@ -48,7 +48,7 @@ def test_relative_paths_count_from_the_directory_in_which_the_config_was_read(
         ("train.steps=0", "train.steps must be greater than or equal to 1, got 0"),
         ("train.steps=many", "train.steps must be a valid integer, unable to parse string as an integer, got 'many'"),
         ("train.learning_rate=0", "train.learning_rate must be greater than 0, got 0"),
-        ("train.on_stale=drop", "train.on_stale must be 'wait' or 'keep', got 'drop'"),
+        ("train.on_stale=drop", "train.on_stale must be 'wait', 'redraw' or 'keep', got 'drop'"),
         (
             "train.betas=[0.9]",
             "train.betas.1 is required and has no default; add it to the config or pass train.betas.1=...",
@@ -264,3 +264,20 @@ def test_a_config_cannot_be_changed() -> None:
     config = make_config(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         config.train.steps = 3  # type: ignore[misc]
+
+
+def test_a_redraw_that_never_happens_is_refused() -> None:
+    asked = ["train.on_stale=redraw", "train.max_staleness=1", "limits.redraws=2"]
+    assert make_config(MINIMAL, asked).limits.redraws == 2
+    with pytest.raises(ConfigError) as synchronous:
+        make_config(MINIMAL, ["train.on_stale=redraw", "train.max_staleness=0"])
+    assert str(synchronous.value) == (
+        "train.on_stale must be wait or keep where train.max_staleness is 0, got redraw; a synchronous step trains all "
+        "tickets that are under way, and has none to draw again: raise train.max_staleness"
+    )
+    with pytest.raises(ConfigError) as unread:
+        make_config(MINIMAL, ["limits.redraws=2"])
+    assert str(unread.value) == (
+        "limits.redraws must be left out where train.on_stale is wait, which draws nothing again, got 2; set "
+        "train.on_stale=redraw, or leave it out"
+    )

@@ -185,6 +185,39 @@ def test_a_batch_can_be_taken_once_what_it_waits_for_is_ready(situation: tuple[A
         assert admission.choose(later, STEP).batch
 
 
+@given(situations())
+@settings(max_examples=250, deadline=None)
+def test_no_fewer_tickets_could_be_drawn_again_for_a_step_to_have_its_batch(
+    situation: tuple[Admission, list[Outstanding]],
+) -> None:
+    """Second route: every smaller set of tickets that are not ready, and every batch and schedule without them."""
+    admission, outstanding = situation
+    given_up = admission.overdue(outstanding, STEP)
+    unready = [t.ticket_id for t in outstanding if not t.ready]
+    ready = tuple(t.oldest_step + admission.max_staleness for t in outstanding if t.ready)
+    assert set(given_up) <= set(unready)
+    if len(ready) < admission.tickets_per_step:
+        assert not given_up
+    # What weights sampled that were left after a rollback may be ready and too late, and is another matter.
+    assume(len(ready) >= admission.tickets_per_step)
+    assume(can_all_be_trained(ready, STEP, admission.tickets_per_step))
+
+    def without(ids: Iterable[int]) -> list[Outstanding]:
+        return [t for t in outstanding if t.ticket_id not in set(ids)]
+
+    assert admission.choose(without(given_up), STEP).batch
+    for fewer in range(len(given_up)):
+        assert not any(possible_batches(admission, without(s), STEP) for s in itertools.combinations(unready, fewer))
+
+
+def test_the_first_that_is_late_is_drawn_again_and_the_others_are_left_alone() -> None:
+    admission = Admission(max_staleness=3, tickets_per_step=1)
+    outstanding = [Outstanding(0, 0, False), Outstanding(1, 3, False), Outstanding(2, 3, True)]
+    assert admission.choose(outstanding, 3) == Choice((), (0,))
+    assert admission.overdue(outstanding, 3) == (0,)
+    assert admission.overdue([t for t in outstanding if not t.ready], 3) == ()  # without a batch nobody is late
+
+
 def test_the_oldest_are_trained_first_and_listed_in_order_of_their_ids() -> None:
     admission = Admission(max_staleness=2, tickets_per_step=2)
     outstanding = [Outstanding(0, 5, True), Outstanding(1, 4, True), Outstanding(2, 5, False), Outstanding(3, 4, True)]
@@ -265,6 +298,8 @@ class System:
     admission: Admission
     actors: int
     choose: Choose = Admission.choose
+    redraws: bool = False
+    redrawn: int = 0
     published: int = 0
     granted: int = 0
     unreleased: int = 0
@@ -283,6 +318,13 @@ class System:
 
     def choice(self) -> Choice:
         return self.choose(self.admission, list(self.flights.values()), self.steps)
+
+    def late(self) -> tuple[int, ...]:
+        return self.admission.overdue(self.flights.values(), self.steps) if self.redraws else ()
+
+    def leave(self, ticket: int) -> None:
+        del self.flights[ticket]
+        self.sampled.discard(ticket)
 
     def may_issue(self, actor: int, version: int | None = None) -> bool:
         outstanding = len(self.flights) + self.granted + self.unreleased
@@ -304,6 +346,8 @@ class System:
             found.append(("publish", 0))
         elif self.choice().batch:
             found.append(("grant", 0))
+        elif self.late():
+            found.append(("redraw", 0))
         return found
 
     def happen(self, event: str, who: int, whim: int) -> None:
@@ -321,8 +365,12 @@ class System:
             case "ready":
                 self.flights[who] = Outstanding(who, self.flights[who].oldest_step, ready=True)
             case "drop":
-                del self.flights[who]
+                self.leave(who)
                 self.dropped.append(who)
+            case "redraw":  # issued again later, to an actor whose weights are new enough then
+                for late in self.late():
+                    self.leave(late)
+                    self.redrawn += 1
             case "grant":
                 batch = self.choice().batch
                 assert len(set(batch)) == self.admission.tickets_per_step
@@ -359,15 +407,18 @@ class System:
 SCHEDULES = st.lists(st.integers(0, 2**20), min_size=20, max_size=120)
 
 
-@given(st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), SCHEDULES, st.booleans())
-@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), SCHEDULES, st.booleans(), st.booleans())
+@settings(max_examples=250, deadline=None)
 def test_no_ticket_is_trained_beyond_the_bound_and_the_learner_is_always_served(
-    max_staleness: int, tickets_per_step: int, actors: int, whims: list[int], drops: bool
+    max_staleness: int, tickets_per_step: int, actors: int, whims: list[int], drops: bool, redraws: bool
 ) -> None:
-    system = System(Admission(max_staleness, tickets_per_step), actors)
+    system = System(Admission(max_staleness, tickets_per_step), actors, redraws=redraws)
     for whim in whims:
         system.run([whim], drops)
         system.check_that_the_learner_will_be_served()
+        if system.late() and not (system.granted or system.unreleased):
+            system.happen("redraw", 0, 0)
+            assert system.choice().batch  # nobody is waited for
 
     assert max(system.ages, default=0) <= max_staleness
     trained = [i for batch in system.batches for i in batch]
@@ -407,6 +458,18 @@ def test_the_bound_is_not_vacuous(choose: Choose, admission: Admission) -> None:
         assert max(system.ages) <= admission.max_staleness
         broken += max(mutant.ages, default=0) > admission.max_staleness
     assert broken
+
+
+def test_tickets_are_drawn_again_only_in_asynchronous_training() -> None:
+    redrawn = []
+    for bound in (0, 1, 2):
+        systems = [System(Admission(bound, 2), actors=2, redraws=True) for _ in range(20)]
+        for seed, system in enumerate(systems):
+            system.run(schedules(seed), drops=False)
+            assert max(system.ages) <= bound
+        redrawn.append(sum(s.redrawn for s in systems))
+    assert redrawn[0] == 0
+    assert all(redrawn[1:])
 
 
 def test_the_bound_is_reached() -> None:

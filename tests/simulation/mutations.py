@@ -39,7 +39,7 @@ MUTATIONS = (
         "mark_generated",
         "sorted(set(versions))",
         "[max(versions)]",
-        53,
+        0,
     ),
     Mutation(
         "a checkpoint leaves its own step out", Ledger, "commit_checkpoint", "trained_step <= ?", "trained_step < ?", 0
@@ -50,7 +50,7 @@ MUTATIONS = (
         "commit_checkpoint",
         "tickets = [",
         'self._db.execute("COMMIT"); self._db.execute("BEGIN"); tickets = [',
-        93,
+        0,
     ),
     Mutation(
         "steps since the checkpoint are forgotten after a crash",
@@ -79,7 +79,17 @@ MUTATIONS = (
     Mutation(
         "a ticket is drawn again under other noise", Ledger, "_return", "int(redraw), ticket_id", "1, ticket_id", 13
     ),
-    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 44),
+    Mutation(
+        "a ticket that is late is drawn again under its old noise",
+        Dispatcher,
+        "_redraw",
+        "redraw=True",
+        "redraw=False",
+        0,
+    ),
+    Mutation("a ticket is drawn again without end", Dispatcher, "_redraw", "ticket.redraw < limit", "True", 30),
+    Mutation("what was sampled before a redraw still counts", Dispatcher, "_redraw", "flight.abort()", "pass", 0),
+    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 0),
     Mutation("a granted ticket may be granted again", Flights, "grant", "self.remove(flight)", "pass", 0),
     Mutation(
         "a drop is not recorded",
@@ -90,7 +100,7 @@ MUTATIONS = (
         5,
     ),
     Mutation("the step does not look ahead", Admission, "choose", "and not late", "", 9),
-    Mutation("what is too old after a crash is kept", Flights, "hopeless", "not in trainable", "in ()", 120),
+    Mutation("what is too old after a crash is kept", Flights, "hopeless", "not in trainable", "in ()", 190),
 )
 
 

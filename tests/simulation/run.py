@@ -24,7 +24,7 @@ from distrl.errors import DeadlineError, DistrlError, FencedError, LedgerError, 
 from tests.simulation.loop import NeverEndsError, VirtualLoop
 from tests.simulation.mutations import MUTATIONS, mutated
 from tests.simulation.schedule import Schedule, schedule_of, shrink
-from tests.simulation.world import DiedError, Disk, Faults, World
+from tests.simulation.world import REDRAWS, DiedError, Disk, Faults, World
 
 LONGEST_S = 20_000.0
 """Virtual seconds that a run may take."""
@@ -160,7 +160,10 @@ def _has_checkpoint(disk: Disk) -> bool:
 def _judge(schedule: Schedule, disk: Disk, *, finished: bool) -> None:
     """The audit, after every crash and at the end."""
     contract = Contract(
-        schedule.tickets_per_step, None if schedule.on_stale == "keep" else schedule.max_staleness, finished
+        schedule.tickets_per_step,
+        None if schedule.on_stale == "keep" else schedule.max_staleness,
+        finished,
+        REDRAWS if schedule.on_stale == "redraw" else 0,
     )
     found = audit(disk.directory / "ledger.sqlite", contract)
     if found.violations:
@@ -190,7 +193,7 @@ def _dump(disk: Disk) -> str:
 
 def undisturbed(schedule: Schedule) -> Schedule:
     """The same run, if nothing happens to it."""
-    return replace(schedule, faults=(), slow_actor=-1, poison_actor=-1, poison_tickets=(), actors=1)
+    return replace(schedule, faults=(), slow_actor=-1, poison_actor=-1, poison_tickets=(), slow_tickets=(), actors=1)
 
 
 def broken_by(seed: int) -> tuple[str, ...]:

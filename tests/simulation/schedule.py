@@ -57,6 +57,8 @@ class Schedule:
     """Index of a generation actor that fails every third call; -1 is none."""
     poison_tickets: tuple[int, ...]
     """Prompts that no grader can grade."""
+    slow_tickets: tuple[int, ...]
+    """Tickets whose every draw takes forty times as long."""
     faults: tuple[Fault, ...]
 
 
@@ -72,12 +74,16 @@ def schedule_of(seed: int) -> Schedule:
         kind = rng.choice(kinds)
         most = 60 * steps * per_step if kind in IN_SQL else 30 * steps * per_step
         faults.append(Fault(kind, rng.randint(0, most)))
+    max_staleness = rng.choice((0, 0, 0, 1, 1, 2, 3))
+    on_stale = rng.choice(("wait", "redraw", "keep"))
+    stragglers = 0.8 if on_stale == "redraw" else 0.2
     return Schedule(
         seed=seed,
         steps=steps,
         tickets_per_step=per_step,
-        max_staleness=rng.choice((0, 0, 0, 1, 1, 2, 3)),
-        on_stale=rng.choice(("wait", "wait", "keep")),
+        max_staleness=max_staleness,
+        # The config refuses it where nothing would be drawn again.
+        on_stale="wait" if on_stale == "redraw" and max_staleness == 0 else on_stale,
         actors=actors,
         checkpoint_every=rng.randint(1, 3),
         evaluate_every=rng.choice((0, 0, 1, 2)),
@@ -85,6 +91,7 @@ def schedule_of(seed: int) -> Schedule:
         slow_actor=rng.randrange(actors) if rng.random() < 0.3 else -1,
         poison_actor=rng.randrange(actors) if rng.random() < 0.2 else -1,
         poison_tickets=tuple(rng.sample(range(8), rng.randint(1, 2))) if rng.random() < 0.2 else (),
+        slow_tickets=tuple(rng.sample(range(10), rng.randint(1, 3))) if rng.random() < stragglers else (),
         faults=tuple(faults),
     )
 
@@ -106,6 +113,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         yield replace(schedule, faults=schedule.faults[:i] + schedule.faults[i + 1 :])
     plain: dict[str, Any] = {
         "poison_tickets": (),
+        "slow_tickets": (),
         "poison_actor": -1,
         "slow_actor": -1,
         "reference": False,

@@ -60,7 +60,7 @@ def test_the_schedules_are_not_harmless() -> None:
     outcomes = [play(schedule_of(seed)) for seed in range(40)]
     assert sum(o.restarts > 0 for o in outcomes) >= 10
     assert any(o.drops for o in outcomes)
-    for cause in ("restart", "rollback"):
+    for cause in ("restart", "rollback", "redrawn"):
         assert any(f"'{cause}'" in o.ledger for o in outcomes), cause
     kinds = {f.kind for seed in range(40) for f in schedule_of(seed).faults}
     assert kinds == set(Kind)

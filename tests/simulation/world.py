@@ -35,6 +35,7 @@ from tests.simulation.schedule import IN_SQL, Fault, Kind, Schedule
 from tests.system.in_process import Digits, send, ticket_of
 
 TIMEOUT_S = 30.0
+REDRAWS = 1
 
 
 class DiedError(BaseException):
@@ -266,6 +267,7 @@ class World:
             drops_in_a_row=64,
             evaluate_every_steps=schedule.evaluate_every,
             keep_checkpoints=1000,
+            redraws=REDRAWS,
         )
         heldout = [_problem(1000)]
         prompts = Prompts(_problem, heldout, heldout)
@@ -283,7 +285,9 @@ class World:
         return fail
 
     async def _between_tokens(self, request: SampleRequest) -> None:
-        await asyncio.sleep(self._rng.expovariate(1.0) * (0.05 if ticket_of(request) >= 0 else 0.01))
+        ticket_id = ticket_of(request)
+        slowness = 40.0 if ticket_id in self.schedule.slow_tickets else 1.0
+        await asyncio.sleep(self._rng.expovariate(1.0) * (0.05 if ticket_id >= 0 else 0.01) * slowness)
 
     async def _fetch(
         self, weights: str, version: int, have: Mapping[str, Content]

@@ -126,6 +126,7 @@ def build(
     tickets_per_step: int = 2,
     max_staleness: int = 1,
     on_stale: str = "wait",
+    redraws: int = 3,
     generation_actors: int = 1,
     slots: int = 8,
     gate: Callable[[SampleRequest], Awaitable[None]] | None = None,
@@ -178,6 +179,7 @@ def build(
         drops_in_a_row=drops_in_a_row,
         evaluate_every_steps=evaluate_every_steps,
         keep_checkpoints=2,
+        redraws=redraws,
         turns=turns,
         opponents="opponent" in other_weights or Role.OPPONENT in own_actors,
     )

@@ -106,6 +106,7 @@ BREAKS: dict[str, tuple[str, ...]] = {
     "order": ("DELETE FROM tickets WHERE ticket_id = 1",),
     "finished": ("UPDATE tickets SET state = 'ready', drop_reason = NULL WHERE ticket_id = 1",),
     "drops": ("UPDATE tickets SET drop_reason = NULL WHERE ticket_id = 1",),
+    "redraws": ("UPDATE tickets SET redraw = 1 WHERE ticket_id = 0",),
     "trained_once": (
         "INSERT INTO trainings SELECT ticket_id, (SELECT MAX(version) FROM trainings), 0 FROM tickets"
         " WHERE state = 'committed' AND trained_step = 1 LIMIT 1",

@@ -80,6 +80,74 @@ def test_a_step_waits_for_the_straggler_that_it_would_make_too_old(tmp_path: Pat
     run(scenario())
 
 
+def test_on_stale_redraw_draws_the_straggler_again_with_other_noise_and_the_same_prompt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        never = asyncio.Event()
+        draws: list[str] = []
+
+        async def hold_the_first_draw_of_ticket_0(request: SampleRequest) -> None:
+            if ticket_of(request) == 0 and request.request_id not in draws:
+                draws.append(request.request_id)
+            if request.request_id == "p0.0":
+                await never.wait()
+
+        system = build(
+            tmp_path,
+            steps=4,
+            tickets_per_step=2,
+            max_staleness=1,
+            on_stale="redraw",
+            slots=6,
+            gate=hold_the_first_draw_of_ticket_0,
+        )
+        await system.coordinator.start()
+        trained: dict[int, int] = {}
+        for step in (1, 2, 3, 4):
+            grant = await system.learn(step)
+            trained |= {t.ticket_id: t.staleness for t in grant.tickets}
+            rows = {t.ticket_id: t.generation.value.column("redraw").to_pylist() for t in grant.tickets}
+            assert rows.get(0, [1, 1]) == [1, 1]
+        assert trained[0] <= 1
+        assert draws == ["p0.0", "p0.1"]
+        assert system.pipeline.generation.busy == 0  # the places of the aborted draw are free again
+        (row,) = system.ledger.rows("SELECT * FROM returns WHERE cause = 'redrawn'")
+        assert (row["ticket_id"], row["redraw"], row["old_state"]) == (0, 0, "issued")
+        noise = [tuple(r) for r in system.ledger.rows("SELECT redraw, prompt_id FROM tickets WHERE ticket_id = 0")]
+        assert noise == [(1, Problem.of("0", "0").prompt_id)]
+
+    run(scenario())
+
+
+def test_a_ticket_that_is_late_in_every_draw_is_dropped_with_that_reason(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        never = asyncio.Event()
+
+        async def hold_ticket_0(request: SampleRequest) -> None:
+            if ticket_of(request) == 0:
+                await never.wait()
+
+        system = build(
+            tmp_path,
+            steps=8,
+            tickets_per_step=2,
+            max_staleness=1,
+            on_stale="redraw",
+            redraws=2,
+            slots=6,
+            gate=hold_ticket_0,
+        )
+        await system.coordinator.start()
+        for step in range(1, 9):
+            await system.learn(step)
+        (row,) = system.ledger.rows("SELECT * FROM tickets WHERE drop_reason = 'too_stale'")
+        assert (row["ticket_id"], row["redraw"]) == (0, 2)
+        assert row["drop_detail"] == "ticket 0 was not ready in time in 3 draws (limits.redraws = 2)"
+        await system.coordinator.done.wait()
+        assert states(system)["trained"] == 16
+
+    run(scenario())
+
+
 def test_on_stale_keep_trains_the_straggler_whenever_it_comes_and_records_its_age(tmp_path: Path) -> None:
     async def scenario() -> None:
         gate = asyncio.Event()

@@ -109,6 +109,36 @@ def test_an_actor_that_joins_pulls_the_newest_weights_before_it_samples(tmp_path
     run(scenario())
 
 
+def test_an_actor_that_joins_while_the_run_starts_loads_every_version_once(tmp_path: Path) -> None:
+    class SlowToAnswer(LocalCaller):
+        asked, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
+            if method == "policy_version":
+                self.asked.set()
+                await self.may_answer.wait()
+            return await super().ask(method, *args, timeout_s=timeout_s)
+
+    async def scenario() -> None:
+        system = build(tmp_path, steps=3, max_staleness=0)
+        (member,) = system.pipeline.generation.members
+        worker = member.caller._worker
+        await system.pipeline.generation.remove(member)
+        caller = SlowToAnswer("generation-1", worker)
+        joining = asyncio.create_task(system.coordinator.join("generation", caller, 8))
+        await caller.asked.wait()
+        await system.coordinator.start()
+        caller.may_answer.set()
+        await joining
+        for step in (1, 2, 3):
+            await system.learn(step)
+        await system.coordinator.done.wait()
+        loads = [r for r in (await system.coordinator.snapshot(-1))["records"] if r["kind"] == "load"]
+        assert [load["version"] for load in loads] == [1, 2, 3]
+
+    run(scenario())
+
+
 def test_a_ticket_that_kills_its_workers_is_dropped_with_the_cause_and_its_neighbours_are_not(tmp_path: Path) -> None:
     async def scenario() -> None:
         system = build(tmp_path, steps=2, generation_actors=6, slots=4, attempts=3)

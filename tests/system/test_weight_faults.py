@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from actors.calls import RayCaller
+from actors.outcome import Outcome
+from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
-from actors.updates import UpdateLimits, Updates
+from actors.updates import Unversioned, UpdateLimits, Updates
 from deploy.publisher import Publisher
 from deploy.remote.generation import GenerationActor
 from deploy.remote.policy_store import PolicyStoreActor
 from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
-from distrl.errors import DeadlineError, DistrlError, LostWeightsError, StageError
+from distrl.errors import DeadlineError, DistrlError, LostWeightsError
 from distrl.manifest import describe
 from distrl.messages import Content, Delivery, LoadReceipt
 from distrl.models import TinyArchitecture, load_model, make_tiny_model
@@ -46,7 +48,7 @@ DEADLINE_S = 3.0
 
 
 class Gate:
-    """Holds whoever reaches it until it is opened; lets everybody pass whose name is not held."""
+    """Holds the first who reaches a name that is held, until it is opened; lets everybody else pass."""
 
     def __init__(self) -> None:
         self._reached: dict[str, asyncio.Event] = {}
@@ -56,7 +58,7 @@ class Gate:
         self._reached[name], self._open[name] = asyncio.Event(), asyncio.Event()
 
     async def pass_through(self, name: str) -> None:
-        if name in self._open:
+        if name in self._open and not self._reached[name].is_set():
             self._reached[name].set()
             await self._open[name].wait()
 
@@ -128,7 +130,7 @@ class Setting:
         ray.get([s.version.remote() for s in self.samplers] + [one.pid.remote() for one in self.learners])
 
     def sampler(self, number: int) -> Any:
-        return _actor(Sampler, self.config, f"generation-{number}", self.store, max_restarts=-1)
+        return _actor(Sampler, self.config, f"generation-{number}", self.store)
 
     def learner(self) -> Any:
         return _actor(Learner, self.config.model.path, self.store, self.gate)
@@ -138,29 +140,32 @@ class Setting:
         return Follow(version, samplers, timeout_s, attempts)
 
 
-before_replacement = pytest.mark.skip(
-    reason="drives actors.updates.Updates as it was before lost processes were replaced; to be brought up to date"
-)
-
-
 class Follow:
     """`Updates` of a coordinator that knows of one published version."""
 
     def __init__(self, version: int, samplers: tuple[Any, ...], timeout_s: float, attempts: int) -> None:
-        pool = Pool("generation")
-        self.members = [pool.add(RayCaller(f"generation-{i}", s), 1) for i, s in enumerate(samplers)]
+        self.pool = Pool("generation")
+        self.members = [self.pool.add(RayCaller(f"generation-{i}", s), 1) for i, s in enumerate(samplers)]
         self.recorder = Recorder(None, time.time)
-        published = Version(version, None, version)
-        limits = UpdateLimits(attempts, 0.0, timeout_s, timeout_s)
+        self.lost: list[str] = []
+        journal = RayCaller("journal", None)  # nothing is sampled here, so nothing is written
+        limits = PipelineLimits(attempts, 0.0, *[SOON_S] * 5, 1, 1)
+        pipeline = Pipeline(self.pool, Pool("grading"), None, journal, limits, time.time)
+        pipeline.on_loss = lambda member, cause: self.lost.append(cause)
         self.updates = Updates(
-            {version: published}, published, limits, self.recorder, asyncio.Condition(), lambda error: None
+            Unversioned(Version(version, None, version)),
+            pipeline,
+            UpdateLimits(attempts, 0.0, timeout_s, timeout_s),
+            self.recorder,
+            Outcome(self.recorder),
         )
         may_load = asyncio.Event()
         may_load.set()
-        self.tasks = [asyncio.create_task(self.updates.follow(pool, member, may_load)) for member in self.members]
+        follow = self.updates.follow
+        self.tasks = [asyncio.create_task(follow(self.pool, member, may_load)) for member in self.members]
 
     async def loaded(self, number: int) -> None:
-        while self.members[number].version != self.updates.published.version:
+        while not self.updates.is_up_to_date(self.members[number]):
             if self.tasks[number].done():
                 self.tasks[number].result()
             await asyncio.sleep(0.01)
@@ -236,7 +241,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
 NORM = "model.norm.weight"
 
 
-@before_replacement
 def test_a_learner_killed_in_the_middle_of_publishing_takes_nothing_away_that_was_published(setting: Setting) -> None:
     first, second = setting.learners
     pid = pid_of(first)
@@ -271,7 +275,6 @@ def test_a_learner_killed_in_the_middle_of_publishing_takes_nothing_away_that_wa
     assert (before, after) == (whole + CHUNK, whole + sent)
 
 
-@before_replacement
 def test_an_actor_killed_in_the_middle_of_a_pull_is_named_and_delays_nobody(setting: Setting) -> None:
     victim, other = setting.samplers
     victim_pid = pid_of(victim)
@@ -281,19 +284,20 @@ def test_an_actor_killed_in_the_middle_of_a_pull_is_named_and_delays_nobody(sett
         follow = await setting.follow(3, victim)
         await setting.gate.reached.remote("fetch 3")
         os.kill(victim_pid, signal.SIGKILL)
-        message = await follow.failure(0)
-        assert message.startswith(
-            "generation-0 must load policy version 3 in at most 1 attempts; the last error was: generation-0.pull: "
-        )
-        await setting.gate.open.remote("fetch 3")
+        await follow.tasks[0]  # it is taken out, whoever supervises the processes starts another
+        (cause,) = follow.lost
+        assert cause.startswith("generation-0.pull: the process is gone: ")
+        assert (follow.pool.members, follow.pool.lost) == ([], {"generation-0": cause})
+        # The store is still busy with the dead one's call; the other need not wait for that.
         others = await setting.follow(3, other)
         await others.loaded(0)
         await others.close()
+        await setting.gate.open.remote("fetch 3")
 
     run(scenario())
+    setting.samplers[0] = setting.sampler(0)
 
 
-@before_replacement
 def test_an_actor_that_starts_late_gets_the_newest_version_whole(setting: Setting) -> None:
     late = setting.sampler(7)
 
@@ -309,9 +313,8 @@ def test_an_actor_that_starts_late_gets_the_newest_version_whole(setting: Settin
     ray.kill(late)
 
 
-@before_replacement
 def test_an_actor_that_is_stopped_is_named_when_its_deadline_is_over_and_goes_on_afterwards(setting: Setting) -> None:
-    # The one that was killed has been restarted by now, with the weights that it started from.
+    # The first has taken a killed one's place, with the weights that it started from.
     slow, quick = setting.samplers
     pid = pid_of(slow)
 
@@ -343,33 +346,32 @@ def test_a_store_that_is_stopped_is_named_with_the_version_when_the_deadline_is_
     get(learner.publish.remote(4, {}))
 
 
-@before_replacement
 def test_a_store_that_is_killed_comes_back_empty_and_is_filled_again_by_the_learner(setting: Setting) -> None:
-    learner = setting.learners[1]
+    learner, sampler = setting.learners[1], setting.samplers[1]
+    get(learner.publish.remote(5, {}))
+    get(sampler.pull.remote(5))
+    get(learner.publish.remote(6, {NORM: 6.0}))
     os.kill(pid_of(setting.store), signal.SIGKILL)
 
     async def lost() -> None:
-        caller = RayCaller("generation-1", setting.samplers[1])
+        caller = RayCaller("generation-1", sampler)
         async with asyncio.timeout(SOON_S):
-            while isinstance(error := await _refused(caller.ask("pull", 4, timeout_s=SOON_S)), StageError):
-                assert "policy-store.fetch" in str(error)  # Ray tells of the death, then of the restart
+            while "WorkerLostError" in str(error := await _refused(caller.ask("pull", 6, timeout_s=SOON_S))):
+                # Ray tells of the death, then of the restart; either way the learner is asked for the weights.
+                assert isinstance(error, LostWeightsError)
         assert isinstance(error, LostWeightsError)
         assert str(error) == (
-            "generation-1 keeps policy version 3: policy version 4 must be in the store, which has none; "
+            "generation-1 keeps policy version 5: policy version 6 must be in the store, which has none; "
             "pull the newest"
         )
 
     run(lost())
-    sent = get(learner.publish.remote(5, {NORM: 5.0}))
-    assert sent == get(setting.store.held.remote())["bytes"]  # everything, though one tensor differs from version 4
+    sent = get(learner.publish.remote(7, {NORM: 7.0}))
+    assert sent == get(setting.store.held.remote())["bytes"]  # everything, though one tensor differs from version 6
 
-    async def pulled() -> LoadReceipt:
-        receipt: LoadReceipt = await RayCaller("generation-1", setting.samplers[1]).ask("pull", 5, timeout_s=SOON_S)
-        return receipt
-
-    receipt = asyncio.run(pulled())
-    # It had version 3, of which one tensor differs: what it has does not move, whoever lost it.
-    assert (receipt.version, receipt.moved_tensors) == (5, 1)
+    receipt: LoadReceipt = get(sampler.pull.remote(7))
+    # It had version 5, of which one tensor differs: what it has does not move, whoever lost it.
+    assert (receipt.version, receipt.moved_tensors) == (7, 1)
 
 
 def test_a_run_whose_store_dies_before_anybody_has_the_new_weights_goes_on(
