@@ -16,6 +16,15 @@ from deploy.roles import GENERATION_STAGES, generation_actors
 from distrl.config import Config
 from distrl.errors import ConfigError, DeadlineError
 from distrl.placement import Claim, Node, check_fits
+from distrl.schema import Role
+
+GROUPS = {
+    **dict.fromkeys(GENERATION_STAGES.values(), "distrl_generation"),
+    "grading": "distrl_grading",
+    "environment": "distrl_grading",
+    "reference": "distrl_reference",
+}
+"""By stage: the resource that each of its actors takes one of, where `placement.groups` is set."""
 
 EVEN = 1e-4
 """The smallest share of a GPU that Ray counts."""
@@ -65,6 +74,11 @@ def check_cluster(config: Config, plan: RunPlan) -> None:
             )
 
 
+def group_resources(config: Config, stage: str) -> dict[str, float]:
+    """What an actor of a stage takes so that it goes to the nodes of its group."""
+    return {GROUPS[stage]: 1.0} if config.placement.groups else {}
+
+
 @dataclass(slots=True)
 class Reservation:
     """GPUs that are kept for the generation actors of a run; empty for a CPU run."""
@@ -99,7 +113,8 @@ def reserve(config: Config, plan: RunPlan) -> Reservation:
     wanted = claims(config, plan)
     if not wanted:
         return Reservation()
-    group = placement_group([{"GPU": claim.gpus} for claim in wanted], strategy="PACK")
+    place = group_resources(config, GENERATION_STAGES[Role.POLICY])  # learners' nodes have GPUs, too
+    group = placement_group([{"GPU": claim.gpus, **place} for claim in wanted], strategy="PACK")
     if not group.wait(config.limits.start_timeout_s):
         free = ray.available_resources().get("GPU", 0.0)
         remove_placement_group(group)
