@@ -91,6 +91,10 @@ class GenerationConfig(_Section):
     """Processes that share one actor's model, each on a GPU of its own; only `vllm` has more than 1."""
     engine_args: Mapping[str, Any] = {}
     """Further engine arguments of vLLM, such as `max_model_len`; unknown ones are refused, and all by other engines."""
+    transport: Literal["store", "nccl", "ipc"] = "store"
+    """The way of new weights to generation actors. `store`: Ray's object store; `nccl` and `ipc`: from GPU to GPU by
+    vLLM's transfer engines, NCCL between GPUs and CUDA IPC on a shared one; what does not come that way comes from the
+    store."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
     evaluation_actors: int = Field(0, ge=0)
@@ -306,6 +310,9 @@ class LimitsConfig(_Section):
     """Seconds until all actors must be up; the learner's own processes are started and bounded by Ray Train."""
     sync_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one attempt of a generation actor to load a published version may take."""
+    transport_timeout_s: float = Field(30.0, gt=0)
+    """Seconds that a version may take by `generation.transport` where that is not `store`, and then that its bytes may
+    take to be in the store; less than half of `limits.sync_timeout_s`."""
     publish_timeout_s: float = Field(120.0, gt=0)
     """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
