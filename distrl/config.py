@@ -186,8 +186,8 @@ class PreferenceConfig(_Section):
     """How responses are compared, for objectives that read preferences."""
 
     function: str | None = None
-    """`reward_difference`, a judge (`preference_model`, `judge`), or `module:function` of the form (first, second,
-    answer, metadata) -> P(first beats second)."""
+    """`reward_difference`, a judge (`preference_model`, `judge`, `served_judge`), or `module:function` of the form
+    (first, second, answer, metadata) -> P(first beats second)."""
     options: dict[str, Any] = {}
     """Arguments of the judge or of the function."""
     parallel: int = Field(4, ge=1)
