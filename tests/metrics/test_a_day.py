@@ -43,6 +43,7 @@ LONG = Schedule(
     poison_actor=1,
     # One prompt in sixteen cannot be graded: it is retried, and dropped with its reason.
     poison_tickets=tuple(range(0, 4096, 16)),
+    slow_tickets=(),
     faults=(),
 )
 
