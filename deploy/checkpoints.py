@@ -20,7 +20,7 @@ def last_checkpoint(run_dir: RunDir) -> Path | None:
     if not run_dir.ledger.exists():
         return None
     with LedgerReader(run_dir.ledger) as ledger:
-        checkpoints = ledger.checkpoints()
+        checkpoints = ledger.checkpoints() if ledger.begun() else []
     if not checkpoints:
         return None
     last = checkpoints[-1]
