@@ -188,8 +188,8 @@ def _check_gpus_are_used(values: KubernetesValues, config: Config) -> None:
         gpus = getattr(values, name).gpus
         if gpus and not uses:
             raise ConfigError(
-                f"{name}.gpus must be 0 where the run uses none there, got {gpus}: they would be idle; set {keys[name]} "
-                f"in the config, or --set {name}.gpus=0"
+                f"{name}.gpus must be 0 where the run uses none there, got {gpus}: they would be idle; set "
+                f"{keys[name]} in the config, or --set {name}.gpus=0"
             )
         if uses and not gpus:
             raise ConfigError(
@@ -198,8 +198,8 @@ def _check_gpus_are_used(values: KubernetesValues, config: Config) -> None:
             )
     if config.placement.mode not in ("cpu", "separate"):
         raise ConfigError(
-            f"placement.mode must be cpu or separate on Kubernetes, learners and generation have pods of their own, got "
-            f"{config.placement.mode!r}; set placement.mode=separate"
+            f"placement.mode must be cpu or separate on Kubernetes, learners and generation have pods of their own, "
+            f"got {config.placement.mode!r}; set placement.mode=separate"
         )
 
 

@@ -224,8 +224,8 @@ def test_what_a_cluster_would_not_take_is_refused(overlay: str, settings: list[s
         (
             "gpu",
             {"train.device": "cpu"},
-            "learners.gpus must be 0 where the run uses none there, got 8: they would be idle; set train.device=cuda in "
-            "the config, or --set learners.gpus=0",
+            "learners.gpus must be 0 where the run uses none there, got 8: they would be idle; set train.device=cuda "
+            "in the config, or --set learners.gpus=0",
         ),
         (
             "gpu",
