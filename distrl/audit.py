@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from sqlite3 import Row
 from typing import Any
 
@@ -18,6 +18,7 @@ from distrl.audit_tables import Selection, selection
 from distrl.errors import LedgerError
 from distrl.ledger_reader import LedgerReader
 from distrl.staleness import Version, staleness
+from distrl.storage import Folder, cause
 
 FinalState = frozenset({"committed", "dropped"})
 WITH_ROLLOUTS = ("ready", "trained", "committed")
@@ -75,6 +76,9 @@ class Audit:
     """How often a process has taken the ledger over."""
     journal_files: int
     journal_bytes: int
+    put_back: tuple[Mapping[str, Any], ...]
+    """How often the run went on from a copy of its ledger: the checkpoint that the copy lay with, and the journal files
+    that it did not know. What had happened since is lost: their rollouts were sampled again."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,14 +87,14 @@ class Audit:
 def audit(
     ledger: Path,
     contract: Contract,
-    journal: Callable[[str], Path] = Path,
+    journal: Folder | None = None,
     checkpoint_sha256: Callable[[str], str] | None = None,
 ) -> Audit:
     """Audits a run.
 
     Args:
         ledger: its SQLite file.
-        journal: where a journal file lies that the ledger names; a run may have been moved.
+        journal: folder of the journal files; None takes them from where they were when the ledger named them.
         checkpoint_sha256: the hash of a checkpoint's files, as the ledger has it; raises OSError where they are not
             there. None leaves checkpoints out.
     Raises:
@@ -106,7 +110,7 @@ class _Auditor:
         self,
         reader: LedgerReader,
         contract: Contract,
-        journal: Callable[[str], Path],
+        journal: Folder | None,
         checkpoint_sha256: Callable[[str], str] | None,
     ) -> None:
         self._contract = contract
@@ -167,6 +171,7 @@ class _Auditor:
             epochs=self._reader.epoch(),
             journal_files=len(self._files),
             journal_bytes=sum(f["bytes"] for f in self._files.values()),
+            put_back=tuple(self._put_back()),
         )
 
     # Rules ------------------------------------------------------------------------------------------------------
@@ -306,11 +311,13 @@ class _Auditor:
             yield from self._check_file(self._files[name], tickets)
 
     def _check_file(self, file: Row, tickets: Iterable[Row]) -> Iterator[str]:
-        path = self._journal(file["path"])
+        name = PurePosixPath(file["path"]).name
+        folder = self._journal or Folder(Path(file["path"]).parent)
+        path = str(folder / name)
         try:
-            data = path.read_bytes()
+            data = folder.read(name)
         except OSError as error:
-            yield f"journal file {path} of tickets {_short(_ids(tickets))} cannot be read: {error.strerror}"
+            yield f"journal file {path} of tickets {_short(_ids(tickets))} cannot be read: {cause(error)}"
             return
         found = hashlib.sha256(data).hexdigest()
         if found != file["sha256"]:
@@ -325,7 +332,7 @@ class _Auditor:
             own = [r for r in rows[ticket["ticket_id"]] if r["redraw"] == ticket["redraw"]]
             yield from self._check_rows(path, ticket, own)
 
-    def _check_rows(self, path: Path, ticket: Row, rows: list[dict[str, Any]]) -> Iterator[str]:
+    def _check_rows(self, path: str, ticket: Row, rows: list[dict[str, Any]]) -> Iterator[str]:
         where = f"journal file {path}: ticket {ticket['ticket_id']}"
         if len(rows) != ticket["rollouts"]:
             yield f"{where} must have {ticket['rollouts']} rollouts of redraw {ticket['redraw']}, got {len(rows)}"
@@ -347,12 +354,17 @@ class _Auditor:
             try:
                 found = self._checkpoint_sha256(row["path"])
             except OSError as error:
-                yield f"checkpoint {row['path']} cannot be read: {error.strerror}"
+                yield f"checkpoint {row['path']} cannot be read: {cause(error)}"
             else:
                 if found != row["sha256"]:
                     yield f"checkpoint {row['path']} must have sha256 {row['sha256']}, got {found}; it was damaged"
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _put_back(self) -> Iterator[Mapping[str, Any]]:
+        if self._reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'put_back'"):  # younger than the first ledgers
+            for row in self._reader.rows("SELECT checkpoint, lost_files FROM put_back ORDER BY rowid"):
+                yield dict(row)
 
     def _live_branch(self) -> list[int]:
         """Versions on the way to the newest weights that count: those that trained tickets, or the last checkpoint."""

@@ -18,6 +18,7 @@ from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams, UpdateMode
 from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
+from distrl.storage import StorageConfig
 from distrl.tasks.config import DataConfig
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
@@ -332,6 +333,7 @@ class Config(_Section):
     format: Literal[1] = 1
     """Version of the config's format."""
     run: RunConfig = RunConfig()
+    storage: StorageConfig = StorageConfig()
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()

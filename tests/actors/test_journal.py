@@ -98,7 +98,7 @@ def test_one_answers_only_when_the_file_and_its_name_are_synced(
     monkeypatch.setattr(os, "fsync", watch)
     journal = Journal(tmp_path / "journal")
     receipt: JournalReceipt = run(journal.append(*stages(0)))
-    assert synced == [Path(receipt.path).with_suffix(".partial").name, "journal"]
+    assert synced == [Path(receipt.path).name + ".partial", "journal"]
 
 
 def test_a_disk_that_refuses_is_an_error_for_everyone_who_waits_and_leaves_no_file(
