@@ -37,6 +37,7 @@ class Keeper:
                 copy = Path(directory) / name
                 with LedgerReader(self._ledger) as reader:
                     reader.rows("VACUUM INTO ?", str(copy))
+                self._ledgers.make()
                 self._ledgers.write_file(name, copy)
         except OSError as error:
             raise RunError(

@@ -18,7 +18,7 @@ from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams, UpdateMode
 from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
-from distrl.storage import StorageConfig
+from distrl.storage_config import StorageConfig
 from distrl.tasks.config import DataConfig
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]

@@ -9,27 +9,10 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, field_validator
 
 from distrl.errors import ConfigError
 
 CHUNK_BYTES = 8 << 20
-
-
-class StorageConfig(BaseModel):
-    """Where a run keeps what it must not lose."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    uri: str | None = None
-    """Folder for journals, checkpoints and copies of the ledger, with one folder for each run: a path, or an address of
-    a file system that pyarrow has, such as `s3://bucket/runs?region=eu-west-1`; empty keeps them in the run's
-    directory. Every machine of the run must see it."""
-
-    @field_validator("uri")
-    @classmethod
-    def _known(cls, uri: str | None) -> str | None:
-        return None if uri is None else check_uri(uri)
 
 
 class Folder:
@@ -244,7 +227,6 @@ def combined(digests: "dict[str, bytes]") -> str:
 def write_local(path: Path, data: "bytes | memoryview | pa.Buffer") -> None:
     """Writes a file that is complete or absent, and safe on disk, name included, when this returns."""
     aside = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with aside.open("wb") as file:
         file.write(memoryview(data))
         file.flush()
