@@ -1,32 +1,44 @@
 """Who is compared with whom in a ticket, and what comes of it: one preference per rollout."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 import pyarrow as pa
 
 from distrl.errors import StageError
-from distrl.preferences import Contestant, Judge
+from distrl.judges import Preference
+from distrl.preferences import Comparison, Contestant
 from distrl.schema import Role
 from distrl.tasks.problem import Problem
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What comparisons say of one response."""
+
+    preference: float
+    """Mean probability that it beats whom it met."""
+    disagreement: float | None
+    """Mean distance of the two orders in which a judge was asked; None where that is no question."""
+
+
 def against_opponents(
-    judge: Judge,
+    comparison: Comparison,
     problem: Problem,
     policy: pa.RecordBatch,
     opponents: pa.RecordBatch,
     rewards: tuple[Sequence[float], Sequence[float]] | None,
     each: int,
-) -> list[float]:
-    """Mean probability that each response of a ticket beats its opponents.
+) -> list[Compared]:
+    """How each response of a ticket does against its opponents.
 
     Response g meets the opponents g, g + 1, ..., g + `each` - 1, counted around: every opponent is met as often as any
     other.
 
     Args:
         policy, opponents: generation batches of one ticket, equally many rows.
-        rewards: of both, where the judge reads rewards.
+        rewards: of both, where the comparison reads them.
     Raises:
         StageError: the judge failed, or what came as opponents are none.
     """
@@ -38,16 +50,15 @@ def against_opponents(
         )
     ours = _contestants(policy, None if rewards is None else rewards[0])
     theirs = _contestants(opponents, None if rewards is None else rewards[1])
-    return [
-        fmean(judge.compare(problem, one, theirs[(g + i) % len(theirs)]) for i in range(each))
-        for g, one in enumerate(ours)
-    ]
+    pairs = [(one, theirs[(g + i) % len(theirs)]) for g, one in enumerate(ours) for i in range(each)]
+    found = comparison.compare_all(problem, pairs)
+    return [_compared(comparison, found[g * each : (g + 1) * each]) for g in range(len(ours))]
 
 
 def within_pairs(
-    judge: Judge, problem: Problem, policy: pa.RecordBatch, rewards: Sequence[float] | None
-) -> list[float]:
-    """Probability that each response beats the other one of its pair: responses 2 i and 2 i + 1 of a ticket are one.
+    comparison: Comparison, problem: Problem, policy: pa.RecordBatch, rewards: Sequence[float] | None
+) -> list[Compared]:
+    """How each response does against the other one of its pair: responses 2 i and 2 i + 1 of a ticket are one.
 
     Raises:
         StageError: the judge failed, or a response has nobody to be compared with.
@@ -55,11 +66,16 @@ def within_pairs(
     if policy.num_rows % 2:
         raise StageError(f"prompt {problem.prompt_id}: pairs need an even number of responses, got {policy.num_rows}")
     everyone = _contestants(policy, rewards)
-    found = []
-    for first, second in zip(everyone[::2], everyone[1::2], strict=True):
-        wins = judge.compare(problem, first, second)
-        found += [wins, 1.0 - wins]
+    found: list[Compared] = []
+    for one in comparison.compare_all(problem, list(zip(everyone[::2], everyone[1::2], strict=True))):
+        first = _compared(comparison, [one])
+        found += [first, Compared(1.0 - first.preference, first.disagreement)]
     return found
+
+
+def _compared(comparison: Comparison, found: Sequence[Preference]) -> Compared:
+    disagreement = fmean(one.disagreement for one in found) if comparison.symmetrize else None
+    return Compared(fmean(one.probability for one in found), disagreement)
 
 
 def _contestants(batch: pa.RecordBatch, rewards: Sequence[float] | None) -> list[Contestant]:

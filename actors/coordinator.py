@@ -27,6 +27,7 @@ from actors.updates import Unversioned, Updates
 from actors.waits import WaitReport, blame
 from distrl.errors import LedgerError, RunError
 from distrl.ledger import Ledger
+from distrl.ledger_reader import Checkpoint
 from distrl.messages import BatchGrant, LearnerStart, PublishAgain, StepReport, TicketGrant, Whereabouts
 from distrl.schema import Role
 from distrl.staleness import Version
@@ -237,7 +238,7 @@ class Coordinator:
         """The batch of optimizer step number `step` (the first is 1), as soon as the contract allows it.
 
         Or the request to publish the newest weights again, where the policy store has lost them; None when the run was
-        asked to stop: the learner makes a checkpoint and ends. Asking for the step again that
+        asked to stop or the learner to leave: it makes a checkpoint and ends. Asking for the step again that
         was granted last gives the same tickets: what the first answer referred to may be lost.
 
         Raises:
@@ -252,9 +253,12 @@ class Coordinator:
         if self._turns is not None:
             await self._turns.to_generation()  # a learner that asks has given its memory back
         began = self._learner_waits_since = self._clock()
+        batch: list[Flight] = []
         async with self._outcome.changed:
-            while not (batch := self._dispatcher.choose(self._step)) and not self._stopping:
+            while not self._learner.must_leave(session) and not (batch := self._dispatcher.choose(self._step)):
                 self._outcome.check()
+                if self._stopping:
+                    break
                 if self._updates.refill_wanted:
                     break
                 await self._outcome.changed.wait()
@@ -263,7 +267,8 @@ class Coordinator:
         self._learner_waits_since = None
         if (refill := self._updates.take_refill()) is not None:
             return refill
-        if self._stopping:
+        if self._stopping or self._learner.must_leave(session):
+            self._learner.left = True
             return None
         last = max(batch, key=lambda f: f.stage_since_s)
         now = self._clock()
@@ -306,20 +311,46 @@ class Coordinator:
 
     # The learner ------------------------------------------------------------------------------------------------
 
-    async def learner_begins(self, where: Whereabouts) -> LearnerStart:
-        """A learner process is there and has no weights yet; what it goes on from."""
+    async def learner_begins(self, where: Whereabouts, workers: Sequence[Whereabouts] = ()) -> LearnerStart:
+        """A learner process is there and has no weights yet; what it goes on from.
+
+        Args:
+            workers: all processes of its group in the order of their ranks; empty where it is the only one.
+        """
         await self._outcome.wait_for(self._recovered)
         began_before = self._learner.starts > 0 or self._versions.has_past
-        session = self._learner.sit(where)
+        checkpoint = self._ledger.last_checkpoint()
+        lossless = self._learner.left and self._is_saved(checkpoint)
+        session = self._learner.sit(where, workers)
         self._updates.expect_nothing()
         await self._outcome.notify()  # a call of the process before may still wait for a batch
-        checkpoint = self._ledger.last_checkpoint()
-        self._recorder.event("learner", f"process {where.pid} on {where.host} begins")
-        return LearnerStart(session, None if checkpoint is None else checkpoint.path, began_before)
+        group = f", the first of {len(workers)}," if len(workers) > 1 else ""
+        self._recorder.event("learner", f"process {where.pid}{group} on {where.host} begins")
+        return LearnerStart(
+            session, None if checkpoint is None else checkpoint.path, publish=began_before and not lossless
+        )
 
-    async def learner_failed(self, cause: str) -> None:
-        """The learner cannot go on, and no other process could."""
-        self._outcome.fail(RunError(f"the learner failed: {cause}"))
+    def _is_saved(self, checkpoint: Checkpoint | None) -> bool:
+        """Whether the published weights are those of the checkpoint, and nothing is in a learner's hands.
+
+        A learner that goes on from it needs no new version, and nothing is trained again.
+        """
+        version, step = (0, 0) if checkpoint is None else (checkpoint.version, checkpoint.step)
+        published = self._versions.published
+        return (published.version, published.step, self._step) == (version, step, step) and not (
+            self._resumed or self._dispatcher.flights.granted
+        )
+
+    async def release_learner(self, session: int) -> None:
+        """Asks the learner of this session to leave after the step under way: another group goes on from there."""
+        if self._learner.ask_to_leave(session):
+            self._recorder.event("learner", "is asked to leave after the step under way")
+            await self._outcome.notify()
+
+    async def learner_failed(self, cause: str, session: int | None = None) -> None:
+        """The learner cannot go on, and no other process could; one that was replaced says nothing that counts."""
+        if session is None or session >= self._learner.session:
+            self._outcome.fail(RunError(f"the learner failed: {cause}"))
 
     async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int], session: int | None = None) -> int:
         """The learner has done a step. Returns the version number for the weights it made.

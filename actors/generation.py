@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray
 
 from actors.episodes import Episodes, Trajectory, single_turn
+from actors.transfer.transport import Transport
 from distrl.errors import PolicyError, StageError
 from distrl.manifest import unpack
 from distrl.messages import Chunk, Content, GenerationReceipt, Layout, LoadReceipt, Manifest
@@ -19,6 +20,8 @@ from distrl.tickets import POLICY_WEIGHTS, Ticket, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from actors.adapters import Adapters
 
 Fetch = Callable[[str, int, Mapping[str, Content]], Awaitable[tuple[Manifest, Layout, Sequence[Chunk]]]]
 """Gets a published version of some weights from the policy store, without the tensors that are here already (by name):
@@ -44,6 +47,8 @@ class Generation:
         fetch: how to get a published version; called while sampling goes on.
         clock: seconds since the epoch.
         episodes: how to play them, where a rollout is one; else it is one response.
+        adapters: of the engines whose weights are published as adapters alone, by the name of the weights.
+        transport: takes the place of `fetch`, where weights may come another way than from the store.
     """
 
     def __init__(
@@ -55,13 +60,17 @@ class Generation:
         fetch: Fetch,
         clock: Callable[[], float] = time.time,
         episodes: Episodes | None = None,
+        adapters: "Mapping[str, Adapters] | None" = None,
+        transport: Transport | None = None,
     ) -> None:
         self._name = name
+        self._adapters = adapters or {}
         self._episodes = episodes
         self._engines = engines
         self._text = text
         self._params = params
-        self._fetch = fetch
+        self._transport = transport
+        self._fetch = fetch if transport is None else transport
         self._clock = clock
         self._loading = asyncio.Lock()
         # What each engine holds, as far as it came from the store.
@@ -154,7 +163,8 @@ class Generation:
     async def pull(self, version: int, weights: str = POLICY_WEIGHTS) -> LoadReceipt:
         """Fetches and verifies a published version while sampling goes on, then loads it between two decode steps.
 
-        Only tensors that differ from those of the last pull are fetched, where the engine can load some alone.
+        Only tensors that differ from those of the last pull are fetched, where the engine can load some alone or
+        adapters are published.
 
         Raises:
             PolicyError: the store does not have it, its bytes are damaged, or a tensor does not fit; the old
@@ -169,11 +179,19 @@ class Generation:
                 report = await self._load(weights, version, tensors)
             except PolicyError as error:
                 raise type(error)(f"{self._name} keeps {weights} version {engine.version}: {error}") from error
-            if engine.loads_changes:
+            if engine.loads_changes or weights in self._adapters:
                 self._have[weights] = {entry.name: entry.content for entry in manifest.tensors}
             moved = sum(tensor.nbytes for tensor in tensors.values())
+            way, fallback = ("store", None) if self._transport is None else self._transport.last
             return LoadReceipt(
-                version, fetched - began, report.pause_s, report.sequences_in_flight, moved, len(tensors)
+                version,
+                fetched - began,
+                report.pause_s,
+                report.sequences_in_flight,
+                moved,
+                len(tensors),
+                way,
+                fallback,
             )
 
     async def _verified(self, weights: str, version: int) -> tuple[Manifest, "dict[str, Tensor]"]:
@@ -190,8 +208,14 @@ class Generation:
 
     async def _load(self, weights: str, version: int, tensors: "dict[str, Tensor]") -> LoadReport:
         changed_only = bool(self._have[weights])
+        engine, adapters = self._engines[weights], self._adapters.get(weights)
         try:
-            return await self._engines[weights].load(version, tensors, changed_only=changed_only)
+            if adapters is None:
+                return await engine.load(version, tensors, changed_only=changed_only)
+            merged = await asyncio.to_thread(adapters.merged, version, tensors, changed_only=changed_only)
+            report = await engine.load(version, merged, changed_only=engine.loads_changes)
+            adapters.loaded(tensors)
+            return report
         except PolicyError:
             raise  # refused as a whole
         except BaseException:
@@ -231,3 +255,5 @@ class Generation:
     async def close(self) -> None:
         for engine in self._engines.values():
             await engine.close()
+        if self._transport is not None:
+            self._transport.close()

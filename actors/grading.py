@@ -3,18 +3,19 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from actors.comparing import against_opponents, within_pairs
+from actors.comparing import Compared, against_opponents, within_pairs
 from distrl.errors import StageError
 from distrl.graders.combined import AsyncGrader
 from distrl.graders.grade import Grade, Response, one_each, who_failed
 from distrl.messages import GradingReceipt
-from distrl.preferences import Judge
+from distrl.preferences import Comparison
 from distrl.schema import Role, Stage, record_batch
 from distrl.tasks.problem import Problem
 
@@ -24,8 +25,8 @@ class Grading:
 
     Args:
         grader_name: for the `grader` column.
-        judge: compares responses; None where nothing reads a preference.
-        opponents: that each response meets, with a judge; 0 compares the responses of a ticket in pairs.
+        comparison: of responses; None where nothing reads a preference.
+        opponents: that each response meets, with a comparison; 0 compares the responses of a ticket in pairs.
         concurrency: tickets graded at the same time.
         clock: seconds since the epoch.
     """
@@ -36,13 +37,13 @@ class Grading:
         grader: AsyncGrader,
         concurrency: int,
         clock: Callable[[], float] = time.time,
-        judge: Judge | None = None,
+        comparison: Comparison | None = None,
         opponents: int = 0,
     ) -> None:
         self._name = grader_name
         self._grader = grader
         self._clock = clock
-        self._judge = judge
+        self._comparison = comparison
         self._opponents = opponents
         self._places = asyncio.Semaphore(concurrency)
 
@@ -121,26 +122,28 @@ class Grading:
         grades = await self._ticket(problems, batch)
         if isinstance(grades, StageError):
             return grades
-        judge = self._judge
-        if judge is None or _role(batch) != Role.POLICY:
+        comparison = self._comparison
+        if comparison is None or _role(batch) != Role.POLICY:
             return grades, [None] * len(grades)
         problem = problems[batch.column("prompt_id")[0].as_py()]
         ours = [grade.reward for grade in grades]
         try:
             if not self._opponents:
-                return grades, await asyncio.to_thread(within_pairs, judge, problem, batch, ours)
+                found = await asyncio.to_thread(within_pairs, comparison, problem, batch, ours)
+                return _with_disagreement(grades, found), [one.preference for one in found]
             theirs = opponents.get(number := batch.column("ticket_id")[0].as_py())
             if theirs is None:
                 raise StageError(f"ticket {number} must be graded with its opponents, got none")
             rewards = None
-            if judge.reads_rewards:
+            if comparison.reads_rewards:
                 met = await self._ticket(problems, theirs)
                 if isinstance(met, StageError):
                     return met
                 rewards = (ours, [grade.reward for grade in met])
-            return grades, await asyncio.to_thread(
-                against_opponents, judge, problem, batch, theirs, rewards, self._opponents
+            found = await asyncio.to_thread(
+                against_opponents, comparison, problem, batch, theirs, rewards, self._opponents
             )
+            return _with_disagreement(grades, found), [one.preference for one in found]
         except StageError as error:
             return error
 
@@ -156,6 +159,16 @@ class Grading:
         except StageError as error:
             return error
         return grades
+
+
+def _with_disagreement(grades: Sequence[Grade], found: Sequence[Compared]) -> Sequence[Grade]:
+    """Where a judge was asked in both orders, how far apart its answers were is a component."""
+    return [
+        grade
+        if one.disagreement is None
+        else replace(grade, components={**grade.components, "disagreement": one.disagreement})
+        for grade, one in zip(grades, found, strict=True)
+    ]
 
 
 def _means(grades: Sequence[Grade]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from actors.scoring import model_scorer
 from benchmarks.lagged import make_trainer
 from deploy.check import check_graders
 from deploy.remote.generation import ModelText
-from deploy.remote.grading import run_judge
+from deploy.remote.grading import run_comparison
 from distrl.config import Config, make_config
 from distrl.graders.build import build_graders, describe
 from distrl.models import TinyArchitecture, load_model, load_tokenizer
@@ -134,7 +134,7 @@ class Players:
             describe(graders),
             build_graders(graders, 1),
             1,
-            judge=run_judge(config),
+            comparison=run_comparison(config),
             opponents=config.preference.opponents,
         )
         self._reference = Reference(model_scorer(config.model.path, config.rollout.temperature, 1))

@@ -116,6 +116,7 @@ def check_run(config: Config) -> RunPlan:
     before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
     _check_actors(config, samples | before)
     check_placement(config, samples)
+    check_transport(config)
     return RunPlan(
         graders,
         scores_reference,
@@ -199,6 +200,43 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
         check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
 
 
+def check_transport(config: Config) -> None:
+    """Refuse a way of new weights that its two ends cannot take.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    way, p = config.generation.transport, config.placement
+    if way == "store":
+        return
+    if config.generation.engine != "vllm":
+        raise ConfigError(
+            f"generation.transport must be store for generation.engine {config.generation.engine}, which has no GPU, "
+            f"got {way}; leave it out, or take the engine vllm"
+        )
+    if config.train.device != "cuda":
+        raise ConfigError(
+            f"generation.transport must be store where train.device is {config.train.device}, got {way}; the bytes go "
+            "from the learner's GPU: leave it out, or set train.device=cuda"
+        )
+    needs = {"nccl": "separate", "ipc": "shared"}[way]
+    if p.mode != needs:
+        why = {
+            "nccl": "a group of NCCL has each process on a GPU of its own",
+            "ipc": "CUDA IPC shares memory of one GPU that both are on at the same time",
+        }[way]
+        raise ConfigError(
+            f"generation.transport {way} needs placement.mode {needs}, got {p.mode}; {why}: set "
+            f"placement.mode={needs}, or leave generation.transport out"
+        )
+    limits = config.limits
+    if not 2 * limits.transport_timeout_s < limits.sync_timeout_s:
+        raise ConfigError(
+            f"limits.transport_timeout_s must be less than half of limits.sync_timeout_s ({limits.sync_timeout_s:g}), "
+            f"got {limits.transport_timeout_s:g}; what is late must have time left to come from the store"
+        )
+
+
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:
     """Which prompts are left out, and how long the longest other is, by the model's own tokenizer.
 
@@ -238,6 +276,15 @@ def _check_learner(config: Config, longest_prompt: int) -> None:
         raise ConfigError(
             f"lora.targets must be empty where lora.rank is 0, got {list(config.lora.targets)}; all parameters "
             "are trained"
+        )
+    if config.lora.rank == 0 and config.lora.publish != "merged":
+        raise ConfigError(
+            f"lora.publish must be merged where lora.rank is 0, got {config.lora.publish}; there are no adapters to "
+            "publish: set lora.rank, or leave lora.publish out"
+        )
+    if config.lora.rank and find_spec("peft") is None:
+        raise ConfigError(
+            f"lora.rank must be 0 where peft is not installed, got {config.lora.rank}; pip install 'distrl[lora]'"
         )
 
 
@@ -375,7 +422,8 @@ def _environment_in_words(c: Config) -> list[str]:
 def _explain_learner(config: Config) -> str:
     t = config.train
     workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
-    what = f"adapters of rank {config.lora.rank}, " if config.lora.rank else ""
+    alone = " published alone" if config.lora.publish == "adapter" else ""
+    what = f"adapters of rank {config.lora.rank}{alone}, " if config.lora.rank else ""
     schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
     return (
         f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "

@@ -1,7 +1,6 @@
 """The learner under Ray Train: its connection to the run, its worker function, and the group as the run sees it."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ import ray
 
 from actors.calls import unwrap
 from deploy.checkpoints import local_checkpoint
+from deploy.offering import OfferingPublisher, Source
 from deploy.publisher import Publisher
 from deploy.remote.located import whereabouts
 from deploy.run_dir import RunDir
@@ -19,7 +19,6 @@ from distrl.config import Config
 from distrl.errors import DeadlineError, DistrlError, RunError
 from distrl.messages import BatchGrant, LearnerStart, Manifest, PublishAgain, StepReport, TicketGrant, Whereabouts
 from learners.checkpoint import TrainState
-from learners.group import GroupStatus
 from learners.logp_check import LogpCheckSettings
 from learners.loop import train
 from learners.parallel import ParallelSettings
@@ -46,22 +45,41 @@ class RayLink:
     coordinator's answer ends when the run fails.
     """
 
-    def __init__(self, coordinator: Any, store: Any, timeout_s: float, outage_s: float) -> None:
+    def __init__(
+        self,
+        coordinator: Any,
+        store: Any,
+        timeout_s: float,
+        outage_s: float,
+        source: Callable[[], Source] | None = None,
+    ) -> None:
+        """
+        Args:
+            source: makes what offers published weights beside the store, where something does; called once, by the
+                worker that publishes.
+        """
         self._coordinator = coordinator
         self._publisher = Publisher(store, timeout_s)
+        self._source = source
+        self._offering: OfferingPublisher | None = None
         self._timeout_s = timeout_s
         self._outage_s = outage_s
         self._session = 0
 
-    def begin(self, where: Whereabouts) -> LearnerStart:
-        """This process begins; the checkpoint that it goes on from."""
-        start: LearnerStart = self._get(lambda: self._coordinator.learner_begins.remote(where), "learner_begins")
-        self._session = start.session
+    def begin(self, workers: Sequence[Whereabouts]) -> LearnerStart:
+        """A group of these processes begins, this one is the first; the checkpoint that it goes on from."""
+        start: LearnerStart = self._get(
+            lambda: self._coordinator.learner_begins.remote(workers[0], tuple(workers)), "learner_begins"
+        )
         return start
+
+    def sit(self, session: int) -> None:
+        """What this process says from now on it says in this session."""
+        self._session = session
 
     def failed(self, cause: str) -> None:
         """The run cannot go on with this learner or another one."""
-        self._get(lambda: self._coordinator.learner_failed.remote(cause), "learner_failed")
+        self._get(lambda: self._coordinator.learner_failed.remote(cause, self._session or None), "learner_failed")
 
     def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
         while True:
@@ -89,13 +107,27 @@ class RayLink:
         return int(self._get(lambda: self._coordinator.restored.remote(state.step, self._session), "restored"))
 
     def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
-        self._publisher.publish(manifest, tensors, whole=again)
+        if self._source is None:
+            self._publisher.publish(manifest, tensors, whole=again)
+        else:
+            if self._offering is None:
+                self._offering = OfferingPublisher(self._publisher, self._source())
+            self._offering.publish(manifest, tensors, again=again)
         self._get(
             lambda: self._coordinator.published.remote(
                 manifest.version, manifest.step, manifest.sha256, manifest.weights
             ),
             f"published, of {manifest.weights} version {manifest.version},",
         )
+
+    def finish(self) -> None:
+        """Returns when the policy store has everything that was published."""
+        if self._offering is not None:
+            self._offering.finish()
+
+    def close(self) -> None:
+        if self._offering is not None:
+            self._offering.close()
 
     def commit_checkpoint(self, location: str, state: TrainState, sha256: str) -> None:
         self._get(
@@ -149,6 +181,7 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         layout=t.layout,
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
         skipped_in_a_row=config.limits.skipped_steps_in_a_row,
+        publish=config.lora.publish,
         logp_check=LogpCheckSettings(
             # What the fake engine records is no model's.
             rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,
@@ -181,12 +214,31 @@ def worker_main(arguments: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs, also in place of one that died."""
     config: Config = arguments["config"]
     limits = config.limits
-    link = RayLink(arguments["coordinator"], arguments["store"], limits.publish_timeout_s, limits.outage_s)
+    link = RayLink(
+        arguments["coordinator"],
+        arguments["store"],
+        limits.publish_timeout_s,
+        limits.outage_s,
+        None if config.generation.transport == "store" else partial(transfer_source, config),
+    )
     try:
         _learn(config, arguments["run_dir"], link)
+        link.finish()
     except DistrlError as error:
         # Known to be beyond repair. An end without an exception: Ray Train would only start the worker again.
         link.failed(f"{type(error).__name__}: {error}")
+    finally:
+        link.close()
+
+
+def transfer_source(config: Config) -> Source:
+    """What offers this process's weights by `generation.transport`."""
+    from actors.transfer.planes import known_plane
+    from actors.transfer.sender import TransferSource
+
+    host = ray.util.get_node_ip_address()
+    plane = known_plane(config.generation.transport)
+    return TransferSource(plane, host, whereabouts().node, config.limits.transport_timeout_s)
 
 
 def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
@@ -202,89 +254,15 @@ def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     def report(metrics: Mapping[str, float]) -> None:
         ray_train.report(dict(metrics))
 
-    start = world.from_first(partial(link.begin, whereabouts()))
+    start = world.from_first(partial(link.begin, world.gather(whereabouts())))
+    link.sit(start.session)
     resume = None
     if start.checkpoint is not None:
         with local_checkpoint(storage_at(config.storage.uri, run_dir), start.checkpoint) as directory:
             resume = trainer.restore(directory)
     elif start.publish:
         resume = TrainState(step=0, version=0)  # the weights that the run began with, under a new version
-    train(trainer, loop_settings(config, run_dir), link, world, resume, report)
-
-
-class RayTrainGroup:
-    """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
-
-    A worker that dies is started again by Ray Train, as often as it takes: the supervisor counts and ends the run when
-    it is too often. What the worker goes on from the coordinator says, not Ray Train.
-    """
-
-    def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
-        self._arguments = {
-            "config": config,
-            "run_dir": run_dir,
-            "coordinator": coordinator,
-            "store": store,
-        }
-        self._run_dir = run_dir
-        self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
-        self._status = GroupStatus.STARTING
-        self._error: BaseException | None = None
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def status(self) -> GroupStatus:
-        return self._status
-
-    def error(self) -> BaseException | None:
-        return self._error
-
-    def stop(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def _fit(self) -> None:
-        # Imported here, beside the start of the other actors: it takes seconds.
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        config: Config = self._arguments["config"]
-        train = config.train
-        # Ray Train keeps its own state where every machine of the run sees it.
-        filesystem, path = (storage_at(config.storage.uri, self._run_dir).folder / "ray_train").filesystem
-        try:
-            trainer = TorchTrainer(
-                worker_main,
-                train_loop_config=self._arguments,
-                scaling_config=ScalingConfig(
-                    num_workers=train.workers,
-                    use_gpu=train.device == "cuda",
-                    resources_per_worker={"CPU": 0, RESOURCE: 1, **({"GPU": 1} if train.device == "cuda" else {})},
-                ),
-                # Small messages and checkpoints stay on the CPU.
-                torch_config=TorchConfig(backend="gloo" if train.device == "cpu" else "cpu:gloo,cuda:nccl"),
-                run_config=RunConfig(
-                    name="learner",
-                    storage_path=path,
-                    storage_filesystem=filesystem,
-                    failure_config=FailureConfig(max_failures=-1),
-                ),
-            )
-            self._status = GroupStatus.RUNNING
-            trainer.fit()
-            self._status = GroupStatus.FINISHED
-        except BaseException as error:  # noqa: BLE001  (kept for the run, which raises it in its own thread)
-            self._error = RunError(f"the learner failed: {_cause(error)}")
-            self._status = GroupStatus.FAILED
-
-
-def _cause(error: BaseException) -> str:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    return f"{type(error).__name__}: {error}"
+    train(trainer, loop_settings(config, run_dir), link, world, resume, report, republish=start.publish)
 
 
 def train_environment() -> None:

@@ -12,19 +12,24 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.check import RunPlan
+from deploy.learner import RESOURCE
 from deploy.roles import GENERATION_STAGES, generation_actors
 from distrl.config import Config
-from distrl.errors import ConfigError, DeadlineError
+from distrl.errors import ConfigError, DeadlineError, RefusedError
 from distrl.placement import Claim, Node, check_fits
 
 EVEN = 1e-4
 """The smallest share of a GPU that Ray counts."""
 
 
-def learner_claims(config: Config) -> list[Claim]:
-    """What Ray Train claims for the learner's workers; it makes that reservation itself."""
-    workers = config.train.workers if config.train.device == "cuda" else 0
-    return [Claim(f"learner-{i}", 1.0) for i in range(workers)]
+def learner_claims(config: Config, workers: int | None = None) -> list[Claim]:
+    """What Ray Train claims for the learner's workers; it makes that reservation itself.
+
+    Args:
+        workers: so many instead of those of the config.
+    """
+    workers = config.train.workers if workers is None else workers
+    return [Claim(f"learner-{i}", 1.0) for i in range(workers if config.train.device == "cuda" else 0)]
 
 
 def claims(config: Config, plan: RunPlan) -> list[Claim]:
@@ -63,6 +68,29 @@ def check_cluster(config: Config, plan: RunPlan) -> None:
                 f"placement.mode={config.placement.mode} must have nodes with one GPU, {several[0].name} has "
                 f"{several[0].gpus:g}; show Ray one of them with CUDA_VISIBLE_DEVICES, or set placement.mode=separate"
             )
+
+
+def check_learners(config: Config, plan: RunPlan, counts: Mapping[str, int]) -> None:
+    """Refuse more learner workers than the nodes of the running Ray have room for.
+
+    Args:
+        counts: processes asked for, by stage.
+    Raises:
+        RefusedError: names the shortfall. ConfigError: there are not enough GPUs.
+    """
+    if "learners" not in counts:
+        return
+    wanted, nodes = counts["learners"], [n for n in ray.nodes() if n["Alive"]]
+    there = sum(int(n["Resources"].get(RESOURCE, 0)) for n in nodes)
+    if wanted > there:
+        raise RefusedError(
+            f"--learners must be at most {there}, the workers that the {len(nodes)} node(s) have room for (their "
+            f"resource {RESOURCE}), got {wanted}, {wanted - there} too many; ask for fewer, or add nodes"
+        )
+    check_fits(
+        claims(config, plan) + learner_claims(config, wanted),
+        [Node(n["NodeName"], n["Resources"].get("GPU", 0.0)) for n in nodes],
+    )
 
 
 @dataclass(slots=True)

@@ -1,10 +1,11 @@
 """What a run that compares responses needs, checked before it starts."""
 
-from distrl.config import Config
+from distrl.config import Config, PreferenceConfig
 from distrl.errors import ConfigError
+from distrl.judges import check_judge
 from distrl.objectives import Recipe
 from distrl.objectives.upkeep import Mixture
-from distrl.preferences import make_judge
+from distrl.preferences import REWARD_DIFFERENCE, SETTING
 
 
 def check_preference(config: Config, recipe: Recipe) -> int:
@@ -26,9 +27,9 @@ def check_preference(config: Config, recipe: Recipe) -> int:
     if compared.function is None:
         raise ConfigError(
             f"preference.function is required for objective.recipe {recipe.name}, which compares responses; set it to "
-            "reward_difference, or to module:function"
+            "reward_difference, a judge, or module:function"
         )
-    make_judge(compared.function, symmetrize=compared.symmetrize, scale=compared.scale)
+    _check_function(compared)
     size = config.rollout.group_size
     if "preference" not in reads:
         return _check_pairs(config, recipe, size)
@@ -44,6 +45,18 @@ def check_preference(config: Config, recipe: Recipe) -> int:
             "many opponents as responses"
         )
     return compared.opponents
+
+
+def _check_function(compared: PreferenceConfig) -> None:
+    if compared.function != REWARD_DIFFERENCE:
+        check_judge(str(compared.function), compared.options, setting=SETTING)
+        return
+    for name, given in (("options", bool(compared.options)), ("symmetrize", compared.symmetrize)):
+        if given:
+            raise ConfigError(
+                f"preference.{name} must be left out with preference.function {REWARD_DIFFERENCE}, got "
+                f"{getattr(compared, name)!r}; a difference of rewards takes none"
+            )
 
 
 def _check_pairs(config: Config, recipe: Recipe, size: int) -> int:

@@ -4,22 +4,30 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from deploy.run_dir import RunDir, write_json
-from deploy.supervisor import Process
+from deploy.supervisor import Process, State
 from distrl.messages import Whereabouts
 
 
-def write_processes(run_dir: RunDir, processes: Iterable[Process], learner: Whereabouts | None) -> None:
-    """Writes the table where it differs from the one that is there."""
+def write_processes(
+    run_dir: RunDir, processes: Iterable[Process], learners: Sequence[tuple[Whereabouts, State]] = ()
+) -> None:
+    """Writes the table where it differs from the one that is there.
+
+    Args:
+        learners: the learner's workers in the order of their ranks.
+    """
     rows = [
         {"name": "driver", "stage": "driver", "state": "up", "pid": os.getpid(), "host": socket.gethostname()},
         *(_row(p.name, p.stage, str(p.state), p.restarts, p.where) for p in processes),
+        *(
+            _row(f"learner-{rank}" if rank else "learner", "learner", str(state), 0, where)
+            for rank, (where, state) in enumerate(learners)
+        ),
     ]
-    if learner is not None:
-        rows.append(_row("learner", "learner", "up", 0, learner))
     table = {"processes": rows}
     path = run_dir.processes
     if not path.exists() or json.loads(path.read_text())["processes"] != rows:

@@ -1,6 +1,7 @@
 """Runs a training run from its first process to its summary, anew or from where it stopped."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import ray
 from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint, remove_unnamed
 from deploy.coordinator_line import CoordinatorLine
-from deploy.learner import RayTrainGroup
+from deploy.learner_group import RayTrainGroup
+from deploy.learner_watch import LearnerWatch
 from deploy.metrics.boards import check_wandb
 from deploy.metrics.endpoint import check_port
 from deploy.metrics.run import RunMetrics
-from deploy.placement import reserve
+from deploy.placement import check_learners, reserve
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
 from deploy.put_back import begin_storage, check_unused
@@ -127,9 +129,11 @@ def _run_actors(
     line = CoordinatorLine(processes.coordinator)
     supervisor = Supervisor(processes, line.tell, wanted(config, plan), config.limits)
     group = RayTrainGroup(config, run_dir, processes.coordinator, processes.store)
-    group.start()
+    learners = LearnerWatch(group, line.tell, supervisor.learner_left, config.train.workers, config.train.steps)
+    learners.start()
+    check = partial(check_learners, config, plan)
     try:
-        return Watch(config, run_dir, supervisor, line, group, progress, metrics).until_the_end()
+        return Watch(config, run_dir, supervisor, line, learners, progress, metrics, check).until_the_end()
     finally:
         # A learner that still waits for a batch gets an error for it, so that its group ends before Ray does.
         processes.coordinator.abort.remote("the run has ended")

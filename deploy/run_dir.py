@@ -84,6 +84,10 @@ class RunDir:
         """A file that asks the run for another number of processes; see `deploy.scaling`."""
         return self.path / "scale.json"
 
+    def scale_refusal(self, asker: int) -> Path:
+        """Why a request of this process was refused."""
+        return self.path / f"scale.refused.{asker}"
+
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"

@@ -14,6 +14,8 @@ from distrl.config import Config, load_config
 from distrl.errors import DeadlineError, RefusedError, RunError
 
 POLL_S = 0.2
+ROWS = {"learners": "learner"}
+"""How stages are called in the table of processes, where it is not their own name."""
 
 
 def scale_run(path: Path, counts: Mapping[str, int], timeout_s: float) -> dict[str, int]:
@@ -24,7 +26,8 @@ def scale_run(path: Path, counts: Mapping[str, int], timeout_s: float) -> dict[s
     Returns:
         What is up of each stage that was named.
     Raises:
-        RefusedError: there is no such run, it is not running, its processes cannot be scaled, or another request waits.
+        RefusedError: there is no such run, it is not running, its processes cannot be scaled, its cluster has no room
+            for them, or another request waits.
         RunError: it ended meanwhile. DeadlineError: it was not done within `timeout_s`; the run goes on with it.
     """
     run_dir = find_run(path)
@@ -34,7 +37,12 @@ def scale_run(path: Path, counts: Mapping[str, int], timeout_s: float) -> dict[s
     check_counts(load_config(run_dir.config), counts)
     _ask(run_dir, counts)
     deadline = time.monotonic() + timeout_s
+    refusal = run_dir.scale_refusal(os.getpid())
     while run_dir.scale_request.exists() or not _are_up(run_dir, counts):
+        if refusal.exists():
+            message = refusal.read_text()
+            refusal.unlink()
+            raise RefusedError(message)
         if (state := read_state(run_dir)) != RunState.RUNNING:
             run_dir.scale_request.unlink(missing_ok=True)
             raise RunError(f"{path}: the run must be running to be scaled, it is {state} now")
@@ -55,14 +63,17 @@ def check_counts(config: Config, counts: Mapping[str, int]) -> None:
         RefusedError: nothing was asked of the run.
     """
     if not counts:
-        raise RefusedError("scale must have a number of processes, got none; give --generation N or --grading N")
+        raise RefusedError(
+            "scale must have a number of processes, got none; give --generation N, --grading N or --learners N"
+        )
     for stage, count in counts.items():
         if count < 1:
             raise RefusedError(f"--{stage} must be at least 1, got {count}; distrl stop ends a run")
-    if "learners" in counts:
+    rollouts = config.train.tickets_per_step * config.rollout.group_size
+    if counts.get("learners", 0) > rollouts:
         raise RefusedError(
-            f"--learners must be left out, got {counts['learners']}: the workers of a learner cannot change in number "
-            "while a run runs"
+            f"--learners must be at most the rollouts of a step ({rollouts}), got {counts['learners']}; the others "
+            "would have nothing to learn"
         )
     if "generation" in counts and config.placement.mode != "cpu":
         raise RefusedError(
@@ -77,7 +88,7 @@ def take_request(run_dir: RunDir) -> dict[str, int] | None:
         text = run_dir.scale_request.read_text()
     except FileNotFoundError:
         return None
-    return {str(stage): int(count) for stage, count in json.loads(text).items()}
+    return {str(stage): int(count) for stage, count in json.loads(text)["counts"].items()}
 
 
 def done(run_dir: RunDir) -> None:
@@ -85,9 +96,20 @@ def done(run_dir: RunDir) -> None:
     run_dir.scale_request.unlink(missing_ok=True)
 
 
+def refuse(run_dir: RunDir, message: str) -> None:
+    """Says that the request was not taken up, and why; nothing was changed."""
+    asker = json.loads(run_dir.scale_request.read_text())["asker"]
+    refusal = run_dir.scale_refusal(asker)
+    aside = refusal.with_name(refusal.name + ".partial")
+    aside.write_text(message)
+    aside.replace(refusal)
+    done(run_dir)
+
+
 def _ask(run_dir: RunDir, counts: Mapping[str, int]) -> None:
     aside = run_dir.scale_request.with_name(f"scale.json.{os.getpid()}")
-    aside.write_text(json.dumps(dict(counts)) + "\n")
+    aside.write_text(json.dumps({"asker": os.getpid(), "counts": dict(counts)}) + "\n")
+    run_dir.scale_refusal(os.getpid()).unlink(missing_ok=True)  # of a process that had this id before
     try:
         os.link(aside, run_dir.scale_request)  # whole, and only where there is none
     except FileExistsError:
@@ -102,7 +124,7 @@ def _are_up(run_dir: RunDir, counts: Mapping[str, int]) -> bool:
     """Whether each stage has as many processes as wanted, all of them up, and none that still drains."""
     rows = read_processes(run_dir)
     for stage, count in counts.items():
-        states = [row["state"] for row in rows if row["stage"] == stage]
+        states = [row["state"] for row in rows if row["stage"] == ROWS.get(stage, stage)]
         if states != [State.UP] * count:
             return False
     return True

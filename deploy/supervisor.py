@@ -69,6 +69,7 @@ class Supervisor:
         self._notes: list[tuple[str, str]] = []
         self._learner_starts = 0
         self._learner_pid: tuple[str, int] | None = None
+        self._learner_left = False
         self._counts: dict[str, int] = {}
         self._next_index: dict[str, int] = {}
         self._now = 0.0
@@ -109,6 +110,10 @@ class Supervisor:
             return
         process.state, process.since_s = State.DRAINING, self._now
         self._tell("drain", process.name)
+
+    def learner_left(self) -> None:
+        """The learner's processes ended because they were asked to: the next ones replace nobody."""
+        self._learner_left = True
 
     # One look ---------------------------------------------------------------------------------------------------
 
@@ -161,9 +166,10 @@ class Supervisor:
         where = learner["where"]
         if where is None or (where.host, where.pid) == self._learner_pid:
             return
-        if self._learner_pid is not None:
+        if self._learner_pid is not None and not self._learner_left:
             self._budget.spend("learner", "its process ended, see the log of Ray Train's controller", self._now)
             self._note("restarted", f"learner: process {where.pid}")
+        self._learner_left = False
         self._learner_pid = (where.host, where.pid)
 
     def _look(self, process: Process) -> None:

@@ -1,21 +1,21 @@
 """What the driver does while a run runs: supervise, show progress, warn, pass on a stop."""
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deploy.coordinator_line import CoordinatorLine
 from deploy.interrupt import stop_on_interrupt
+from deploy.learner_watch import LearnerWatch
 from deploy.metrics.run import RunMetrics
 from deploy.process_table import write_processes
 from deploy.progress import Progress
 from deploy.run_dir import RunDir
-from deploy.scaling import done, take_request
+from deploy.scaling import done, refuse, take_request
 from deploy.stall import StallWatch
 from deploy.supervisor import Supervisor
 from distrl.config import Config
-from distrl.errors import RunError
-from distrl.messages import Whereabouts
-from learners.group import GroupStatus, LearnerGroup
+from distrl.errors import ConfigError, RefusedError, RunError
 
 POLL_S = 0.2
 
@@ -29,19 +29,24 @@ class Watch:
         run_dir: RunDir,
         supervisor: Supervisor,
         line: CoordinatorLine,
-        group: LearnerGroup,
+        learners: LearnerWatch,
         progress: Progress,
         metrics: RunMetrics,
+        check_counts: Callable[[Mapping[str, int]], object],
     ) -> None:
+        """
+        Args:
+            check_counts: refuses numbers of processes that the cluster has no room for.
+        """
         self._metrics = metrics
         self._run_dir = run_dir
         self._supervisor = supervisor
         self._line = line
-        self._group = group
+        self._learners = learners
+        self._check_counts = check_counts
         self._progress = progress
         self._stall = StallWatch(config.limits.stall_warning_s)
         self._seen = -1
-        self._learner: Whereabouts | None = None
         self._started = False
 
     def until_the_end(self) -> dict[str, Any]:
@@ -68,15 +73,12 @@ class Watch:
         snapshot = self._line.snapshot(self._seen)
         self._line.check()
         now = time.monotonic()
-        asked = take_request(self._run_dir)
-        for stage, count in (asked or {}).items():
-            self._supervisor.scale(stage, count)
+        asked = self._take_request()
         self._supervisor.tick(snapshot, now)
-        if snapshot is not None:
-            # A coordinator that was started again has not been told by a learner that lives.
-            self._learner = snapshot["learner"]["where"] or self._learner
-        write_processes(self._run_dir, self._supervisor.processes(), self._learner)
-        if asked is not None:
+        if snapshot is not None and not (snapshot["failed"] and snapshot["started"]):
+            self._learners.look(snapshot)
+        write_processes(self._run_dir, self._supervisor.processes(), self._learners.workers())
+        if asked:
             done(self._run_dir)
         if snapshot is None:
             return None
@@ -91,12 +93,27 @@ class Watch:
             self._progress.line(warning)
         return snapshot
 
+    def _take_request(self) -> bool:
+        """Whether there is a request for other numbers of processes that was taken up."""
+        asked = take_request(self._run_dir)
+        if asked is None:
+            return False
+        try:
+            self._check_counts(asked)
+        except (ConfigError, RefusedError) as error:
+            refuse(self._run_dir, str(error))
+            return False
+        for stage, count in asked.items():
+            if stage == "learners":
+                self._learners.resize(count)
+                self._line.tell("note", "scaled", f"learners: {count} workers are wanted")
+            else:
+                self._supervisor.scale(stage, count)
+        return True
+
     def _is_over(self, snapshot: dict[str, Any]) -> bool:
         # Until the stages are up, one that could not start is the better explanation.
         if snapshot["failed"] and snapshot["started"]:
             raise RunError(snapshot["failed"])
-        status = self._group.status()
-        if status == GroupStatus.FAILED:
-            raise self._group.error() or RunError("the learner failed")
         # A learner that has ended has committed its last checkpoint.
-        return status == GroupStatus.FINISHED and bool(snapshot["done"] or snapshot["stopping"])
+        return self._learners.finished() and bool(snapshot["done"] or snapshot["stopping"])

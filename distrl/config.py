@@ -92,6 +92,10 @@ class GenerationConfig(_Section):
     """Processes that share one actor's model, each on a GPU of its own; only `vllm` has more than 1."""
     engine_args: Mapping[str, Any] = {}
     """Further engine arguments of vLLM, such as `max_model_len`; unknown ones are refused, and all by other engines."""
+    transport: Literal["store", "nccl", "ipc"] = "store"
+    """The way of new weights to generation actors. `store`: Ray's object store; `nccl` and `ipc`: from GPU to GPU by
+    vLLM's transfer engines, NCCL between GPUs and CUDA IPC on a shared one; what does not come that way comes from the
+    store."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
     evaluation_actors: int = Field(0, ge=0)
@@ -179,11 +183,15 @@ class PreferenceConfig(_Section):
     """How responses are compared, for objectives that read preferences."""
 
     function: str | None = None
-    """`reward_difference`, or `module:function` of the form (first, second, answer, metadata) -> P(first beats
-    second)."""
+    """`reward_difference`, a judge (`preference_model`, `judge`), or `module:function` of the form (first, second,
+    answer, metadata) -> P(first beats second)."""
+    options: dict[str, Any] = {}
+    """Arguments of the judge or of the function."""
+    parallel: int = Field(4, ge=1)
+    """Pairs of a ticket that a judge is asked for at the same time."""
     symmetrize: bool = False
-    """Takes the mean of both positions, for a judge that prefers one; else a function that is not antisymmetric is an
-    error."""
+    """Takes the mean of both positions, for a function that prefers one; else one that is not antisymmetric is an
+    error. Judges are always asked in both."""
     scale: float = Field(1.0, gt=0)
     """`reward_difference`: P = 1 / (1 + exp(-(reward - opponent's reward) / scale))."""
     opponents: int = Field(1, ge=1)
@@ -191,7 +199,7 @@ class PreferenceConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """Low-rank adapters (peft): only they are trained, and the published weights have them merged."""
+    """Low-rank adapters (peft): only they are trained."""
 
     rank: int = Field(0, ge=0)
     """Rank of the adapters; 0 trains all parameters."""
@@ -199,6 +207,9 @@ class LoraConfig(_Section):
     """The adapters' product is multiplied with alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get one; empty takes all but the output layer."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What a version of the policy is: `merged`, its weights with the adapters added, or `adapter`, the adapters alone,
+    which each generation actor adds to frozen weights that it keeps. Checkpoints have them merged either way."""
 
 
 class TrainConfig(_Section):
@@ -300,6 +311,9 @@ class LimitsConfig(_Section):
     """Seconds until all actors must be up; the learner's own processes are started and bounded by Ray Train."""
     sync_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one attempt of a generation actor to load a published version may take."""
+    transport_timeout_s: float = Field(30.0, gt=0)
+    """Seconds that a version may take by `generation.transport` where that is not `store`, and then that its bytes may
+    take to be in the store; less than half of `limits.sync_timeout_s`."""
     publish_timeout_s: float = Field(120.0, gt=0)
     """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from distrl.errors import ConfigError
 
 NAME = "default"
+
+Publish = Literal["merged", "adapter"]
+"""What is published of a model with adapters: its weights with them added, or they alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,52 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
         ) from error
 
 
-def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a model's tensors that belong to adapters."""
-    return {name: x for name, x in tensors.items() if ".lora_A." in name or ".lora_B." in name}
+@dataclass(frozen=True, slots=True)
+class AdapterLayer:
+    """A linear layer with an adapter: its weight W counts as W + scale B A."""
+
+    a_shape: tuple[int, ...]
+    """[rank, inputs]"""
+    b_shape: tuple[int, ...]
+    """[outputs, rank]"""
+    scale: float
+    """alpha / rank"""
+    transposed: bool
+    """Whether W is kept as [inputs, outputs], as GPT-2 does."""
+
+    def added(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """A new tensor of the weight's type: the weight with the adapter added."""
+        change = self.scale * (b @ a)
+        return weight + (change.T if self.transposed else change).to(weight.dtype)
+
+
+def adapter_layers(model: Any) -> dict[str, AdapterLayer]:
+    """The layers of a model that `add_adapters` gave adapters, by the names that they had without them."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            a, b = layer.lora_A[NAME].weight.shape, layer.lora_B[NAME].weight.shape
+            found[path] = AdapterLayer(tuple(a), tuple(b), layer.scaling[NAME], bool(layer.fan_in_fan_out))
+    return found
+
+
+def adapter_names(path: str) -> tuple[str, str]:
+    """What A and B of a layer are called where they are published."""
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+
+
+def adapters(tensors: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Those of a model's tensors that belong to adapters, under the names of `adapter_names`.
+
+    Args:
+        tensors, gather: as for `merged`.
+    """
+    for name, tensor in tensors.items():
+        if _is_adapter(name):
+            yield name.replace(f".{NAME}.weight", ".weight"), gather(tensor)
 
 
 def merged(
@@ -68,22 +114,20 @@ def merged(
         tensors: of the model, see `distrl.weights.policy_tensors`.
         gather: makes a whole tensor of one that may be sharded; called in the same order in every worker.
     """
-    layers: dict[str, Any] = {}
-    if adapter_tensors(tensors):
-        from peft.tuners.lora import LoraLayer
-
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = adapter_layers(model) if any(map(_is_adapter, tensors)) else {}
     for name, tensor in tensors.items():
         path, base, rest = name.partition(".base_layer.")
-        if ".lora_A." in name or ".lora_B." in name:
+        if _is_adapter(name):
             continue
         if not base or path not in layers:
             yield name, gather(tensor)
             continue
         whole = gather(tensor)
         if rest == "weight":
-            layer = layers[path]
             a, b = (gather(tensors[f"{path}.lora_{side}.{NAME}.weight"]) for side in "AB")
-            change = layer.scaling[NAME] * (b @ a)
-            whole = whole + (change.T if layer.fan_in_fan_out else change).to(whole.dtype)
+            whole = layers[path].added(whole, a, b)
         yield f"{path}.{rest}", whole
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name

@@ -1,30 +1,27 @@
-"""Preferences: the probability that one response beats another, from a function or from a difference of rewards.
+"""Comparisons of responses for objectives that read preferences: by a judge, or by a difference of rewards.
 
-A preference function, `module:function`, has the form
-
-    def prefer(first, second, answer, metadata) -> float: ...      # P(first beats second), in [0, 1]
-
-and P(first beats second) + P(second beats first) = 1. A judge that prefers what it reads first does not keep this:
-`symmetrize` then asks for both positions and takes the mean.
+P(first beats second) + P(second beats first) = 1. A judge that prefers what it reads first does not keep this: of both
+positions the mean is taken, always so for `distrl.judges.JUDGES` and by config for a function.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from distrl.errors import ConfigError, StageError
-from distrl.graders.registry import import_target
+from distrl.errors import StageError
+from distrl.judges import JUDGES, Judge, Preference, make_judge, symmetrised
 
 if TYPE_CHECKING:
     from distrl.tasks.problem import Problem
+
+SETTING = "preference.function"
 
 REWARD_DIFFERENCE = "reward_difference"
 """P = 1 / (1 + exp(-(r - r') / scale)) of the run's own rewards: the Bradley-Terry model."""
 
 TOLERANCE = 1e-6
-
-Prefer = Callable[[str, str, str, Mapping[str, object]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,66 +35,73 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class Comparison:
     """Compares two responses to one prompt.
 
     Args:
-        name: for messages; `prefer` is None for `reward_difference`.
+        name: for messages.
+        judge: None for `reward_difference`.
+        symmetrize: take the mean of both positions; else a judge that is not antisymmetric is an error.
+        parallel: how many pairs are asked for at the same time.
     """
 
     name: str
-    prefer: Prefer | None
+    judge: Judge | None
     symmetrize: bool
     scale: float
+    parallel: int = 1
 
     @property
     def reads_rewards(self) -> bool:
-        return self.prefer is None
+        return self.judge is None
 
-    def compare(self, problem: "Problem", first: Contestant, second: Contestant) -> float:
-        """P(first beats second), in [0, 1]; 1/2 for equal texts.
+    def compare_all(self, problem: "Problem", pairs: Sequence[tuple[Contestant, Contestant]]) -> list[Preference]:
+        """Of each pair, in its order; errors as for `compare`."""
+        if self.parallel == 1:
+            return [self.compare(problem, *pair) for pair in pairs]
+        with ThreadPoolExecutor(self.parallel, thread_name_prefix="judge") as threads:
+            return list(threads.map(lambda pair: self.compare(problem, *pair), pairs))
+
+    def compare(self, problem: "Problem", first: Contestant, second: Contestant) -> Preference:
+        """P(first beats second), in [0, 1], 1/2 for equal texts; and how far the two positions are apart.
 
         Raises:
-            StageError: the function raised, left [0, 1], or is not antisymmetric; or a rollout met itself.
+            StageError: the judge raised, left [0, 1], or is not antisymmetric; or a rollout met itself.
         """
         where = f"preference {self.name} on prompt {problem.prompt_id}"
         if first.rollout_id == second.rollout_id:
             raise StageError(f"{where}: rollout {first.rollout_id} must not be compared with itself")
-        if self.prefer is None:
+        if self.judge is None:
             if first.reward is None or second.reward is None:
                 raise StageError(f"{where}: both responses must have a reward")
-            return 1.0 / (1.0 + math.exp(min((second.reward - first.reward) / self.scale, 700.0)))
+            wins = 1.0 / (1.0 + math.exp(min((second.reward - first.reward) / self.scale, 700.0)))
+            return Preference(wins, wins)
         if first.text == second.text:
-            return 0.5
-        forward, backward = self._ask(where, problem, first, second), self._ask(where, problem, second, first)
-        if not self.symmetrize and abs(forward + backward - 1.0) > TOLERANCE:
-            raise StageError(
-                f"{where}: P(first beats second) + P(second beats first) must be 1, got {forward:g} + {backward:g} for "
-                f"rollouts {first.rollout_id} and {second.rollout_id}; mend the function, or set "
-                "preference.symmetrize to take the mean of both positions"
-            )
-        return (forward + 1.0 - backward) / 2.0
-
-    def _ask(self, where: str, problem: "Problem", first: Contestant, second: Contestant) -> float:
-        assert self.prefer is not None
-        pair = f"rollouts {first.rollout_id} and {second.rollout_id}"
+            return Preference(0.5, 0.5)
+        both = f"rollouts {first.rollout_id} and {second.rollout_id}"
         try:
-            value = float(self.prefer(first.text, second.text, problem.answer, problem.metadata))
+            found = symmetrised(self.judge, problem, first.text, second.text)
+        except ValueError as error:
+            raise StageError(f"{where}, {both}: {error}") from error
         except Exception as error:
-            raise StageError(f"{where}, {pair}: {type(error).__name__}: {error}") from error
-        if not 0.0 <= value <= 1.0:
-            raise StageError(f"{where}, {pair}: it must be a probability in [0, 1], got {value:g}")
-        return value
+            raise StageError(f"{where}, {both}: {type(error).__name__}: {error}") from error
+        if not self.symmetrize and found.disagreement > TOLERANCE:
+            raise StageError(
+                f"{where}: P(first beats second) + P(second beats first) must be 1, got {found.forwards:g} + "
+                f"{1 - found.backwards:g} for {both}; mend the function, or set preference.symmetrize to take the "
+                "mean of both positions"
+            )
+        return found
 
 
-def make_judge(name: str, *, symmetrize: bool, scale: float, setting: str = "preference.function") -> Judge:
-    """A judge by its name, `reward_difference` or `module:function`.
+def make_comparison(config: Any) -> Comparison:
+    """As a config's section `preference` says. This loads a model where the judge is one.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError, DataError: see `distrl.judges.make_judge`.
     """
+    name = config.function
     if name == REWARD_DIFFERENCE:
-        return Judge(name, None, symmetrize, scale)
-    if ":" not in name:
-        raise ConfigError(f"{setting} must be {REWARD_DIFFERENCE} or module:function, got {name!r}; name the function")
-    return Judge(name, import_target(name, setting), symmetrize, scale)
+        return Comparison(name, None, config.symmetrize, config.scale)
+    judge = make_judge(name, config.options, setting=SETTING)
+    return Comparison(name, judge, config.symmetrize or name in JUDGES, config.scale, config.parallel)

@@ -49,12 +49,18 @@ def check_newer(version: int, loaded: int) -> None:
 
 
 def check_policy(
-    version: int, expected: Mapping[str, "Tensor"], tensors: Mapping[str, "Tensor"], *, changed_only: bool = False
+    version: int,
+    expected: Mapping[str, "Tensor"],
+    tensors: Mapping[str, "Tensor"],
+    *,
+    changed_only: bool = False,
+    remedy: str = REMEDY,
 ) -> None:
     """Refuse a set of tensors that differs from the expected one in a name or a shape; dtypes may differ.
 
     Args:
         changed_only: tensors may be missing; those stay as they are.
+        remedy: how the messages end.
     Raises:
         PolicyError: names the first tensor that is missing, unknown or misshapen.
     """
@@ -64,18 +70,18 @@ def check_policy(
                 continue
             raise PolicyError(
                 f"policy version {version}: tensor {name!r} must be given with shape {list(tensor.shape)}, "
-                f"but is missing; {REMEDY}"
+                f"but is missing; {remedy}"
             )
         if tensors[name].shape != tensor.shape:
             raise PolicyError(
                 f"policy version {version}: tensor {name!r} must have shape {list(tensor.shape)}, "
-                f"got {list(tensors[name].shape)}; {REMEDY}"
+                f"got {list(tensors[name].shape)}; {remedy}"
             )
     for name, tensor in tensors.items():
         if name not in expected:
             raise PolicyError(
                 f"policy version {version}: tensor {name!r} must be one of the model's {len(expected)} tensors, "
-                f"got an unknown name with shape {list(tensor.shape)}; {REMEDY}"
+                f"got an unknown name with shape {list(tensor.shape)}; {remedy}"
             )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distrl.lora import merged
+from distrl.lora import adapters, merged
 from distrl.weights import policy_tensors
 
 
@@ -20,6 +20,11 @@ def whole_tensors(model: Any, wanted: bool) -> dict[str, Tensor]:
         if wanted:
             found[name] = tensor
     return found
+
+
+def whole_adapters(model: Any, wanted: bool) -> dict[str, Tensor]:
+    """The adapters alone, as `whole_tensors`."""
+    return {name: tensor for name, tensor in adapters(policy_tensors(model), _whole) if wanted}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ class GroupStatus(StrEnum):
 class LearnerGroup(Protocol):
     """Starts and ends the worker processes that run `learners.loop.train`."""
 
-    def start(self) -> None:
-        """Begins to start the workers; returns at once."""
+    def start(self, workers: int) -> None:
+        """Begins to start so many workers; returns at once. Again where those before have ended."""
         ...
 
     def status(self) -> GroupStatus: ...

@@ -53,6 +53,8 @@ def train(
     resume: TrainState | None,
     report: Callable[[Mapping[str, float]], None],
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    republish: bool = True,
 ) -> None:
     """Trains from where `resume` says up to `settings.steps`, or until the run is asked to stop.
 
@@ -60,7 +62,8 @@ def train(
 
     Args:
         link: called by the first worker only; the others get what it was told.
-        resume: what `trainer` was restored to; its weights are published before the first step.
+        resume: what `trainer` was restored to.
+        republish: publishes its weights before the first step; not where they are the ones that were published last.
         report: told of every step's metrics; under Ray Train it is what keeps the worker group informed.
         clock: seconds, monotonic.
     Raises:
@@ -70,7 +73,10 @@ def train(
     last_publish_s = 0.0
     saved = done
     version = 0
-    if resume is not None:
+    if resume is not None and not republish:
+        version = resume.version
+        trainer.published(version)
+    elif resume is not None:
         version = world.from_first(partial(link.restored, resume))
         # First: with the policy's weights the run begins to issue tickets, and these need opponents.
         _publish_opponents(trainer, link, world, version, done, always=True)

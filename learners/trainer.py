@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distrl.errors import RunError
+from distrl.lora import Publish
 from distrl.objectives import Batch, LossOutput, Plan, Recipe, Totals, evaluate, prepare
 from distrl.objectives.batch import tensor_name
 from distrl.policy_model import Layout, PolicyModel
@@ -19,7 +20,7 @@ from distrl.tickets import weights_of
 from learners.anchors import Anchors
 from learners.batches import Budget, TrainingBatch, split, training_batch
 from learners.checkpoint import CheckpointWriter, TrainState, Written, checkpoint_name, load_checkpoint
-from learners.gathering import whole_tensors
+from learners.gathering import whole_adapters, whole_tensors
 from learners.logp_check import LogpCheck, LogpCheckSettings
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
 from learners.parallel import ParallelSettings, accumulating, parallelize, prepare_model
@@ -46,6 +47,7 @@ class LoopSettings:
     layout: Layout = "bucketed"
     parallel: ParallelSettings = ParallelSettings()  # noqa: RUF009  (frozen)
     skipped_in_a_row: int = 3
+    publish: Publish = "merged"
     storage: Folder | None = None
     """Where checkpoints are sent from there; None leaves them."""
 
@@ -250,8 +252,9 @@ class Trainer:
     # Weights ------------------------------------------------------------------------------------------------------
 
     def policy_tensors(self) -> dict[str, Tensor]:
-        """The weights to publish, whole, on the first worker; every worker calls it."""
-        return whole_tensors(self._model, self._world.first)
+        """The weights to publish, or their adapters, whole, on the first worker; every worker calls it."""
+        gathered = whole_adapters if self._settings.publish == "adapter" else whole_tensors
+        return gathered(self._model, self._world.first)
 
     def opponent_tensors(self) -> dict[str, Tensor]:
         """The opponents' weights, as `policy_tensors`."""

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from actors.adapters import Adapters
 from distrl.config import Config
-from distrl.sampling import Engine
+from distrl.sampling import Engine, Sleeper
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -43,6 +44,29 @@ def build_engine(config: Config, tokenizer: Any) -> Engine:
         threads=config.run.threads_per_process,
         update_mode=config.generation.update_mode,
     )
+
+
+def build_adapters(config: Config, engine: Engine) -> Adapters | None:
+    """What adds published adapters to the weights of such an engine, where `lora.publish` says so.
+
+    It reads `model.path` a second time: the engine changes its own weights, or has them in another process.
+    """
+    lora = config.lora
+    if not lora.rank or lora.publish == "merged" or config.generation.engine == "fake":
+        return None
+    import torch
+
+    from distrl.lora import LoraSettings, adapter_layers, add_adapters
+    from distrl.models import load_model
+    from distrl.weights import policy_tensors
+
+    model = load_model(config.model.path, torch.float32)
+    base = policy_tensors(model)
+    add_adapters(model, LoraSettings(lora.rank, lora.alpha, lora.targets), config.run.seed)
+    layers = adapter_layers(model)
+    if engine.loads_changes and not isinstance(engine, Sleeper):
+        base = {f"{path}.weight": base[f"{path}.weight"] for path in layers}
+    return Adapters(base, layers, loads_changes=engine.loads_changes)
 
 
 def _vllm_engine(config: Config, tokenizer: Any) -> Engine:

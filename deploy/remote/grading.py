@@ -5,15 +5,12 @@ from deploy.remote.located import Located
 from distrl.config import Config
 from distrl.graders.build import Graders, build_graders, describe, resources
 from distrl.graders.registry import importable_from
-from distrl.preferences import Judge, make_judge
+from distrl.preferences import Comparison, make_comparison
 
 
-def run_judge(config: Config) -> Judge | None:
+def run_comparison(config: Config) -> Comparison | None:
     """What compares the run's responses, where something does."""
-    preference = config.preference
-    if preference.function is None:
-        return None
-    return make_judge(preference.function, symmetrize=preference.symmetrize, scale=preference.scale)
+    return None if config.preference.function is None else make_comparison(config.preference)
 
 
 class GradingActor(Grading, Located):
@@ -32,6 +29,6 @@ class GradingActor(Grading, Located):
             " ".join(filter(None, [describe(graders), grader.version])),
             grader,
             concurrency,
-            judge=run_judge(config),
+            comparison=run_comparison(config),
             opponents=opponents,
         )

@@ -38,18 +38,7 @@ _AGAIN = frozenset({408, 409, 429, 500, 502, 503, 504})
 
 
 class EndpointJudge(WinRate):
-    """Asks a chat model which response is better, in both orders; the reward is the win rate in the group.
-
-    Args:
-        url: base of the endpoint, such as http://localhost:8000/v1.
-        model: its name there.
-        key: where the key is: `env:NAME` or `file:PATH`; empty sends none. The key itself is refused.
-        prompt: what is asked, with `{prompt}`, `{first}` and `{second}`; the answer must hold [[A]], [[B]] or [[tie]].
-        opponents, parallel: see `WinRate`.
-        timeout_s: of one request.
-        attempts: requests that may fail with a status that says to come again, or without an answer.
-        max_tokens: of the judge's answer.
-    """
+    """Win rates by an `Endpoint`, whose arguments it has; `opponents` and `parallel` as for `WinRate`."""
 
     def __init__(
         self,
@@ -63,12 +52,31 @@ class EndpointJudge(WinRate):
         attempts: int = 3,
         max_tokens: int = 512,
     ) -> None:
-        super().__init__(_Endpoint(url, model, key, prompt, timeout_s, attempts, max_tokens), opponents, parallel)
+        super().__init__(Endpoint(url, model, key, prompt, timeout_s, attempts, max_tokens), opponents, parallel)
 
 
-class _Endpoint:
+class Endpoint:
+    """Asks a chat model which of two responses is better.
+
+    Args:
+        url: base of the endpoint, such as http://localhost:8000/v1.
+        model: its name there.
+        key: where the key is: `env:NAME` or `file:PATH`; empty sends none. The key itself is refused.
+        prompt: what is asked, with `{prompt}`, `{first}` and `{second}`; the answer must hold [[A]], [[B]] or [[tie]].
+        timeout_s: of one request.
+        attempts: requests that may fail with a status that says to come again, or without an answer.
+        max_tokens: of the judge's answer.
+    """
+
     def __init__(
-        self, url: str, model: str, key: str, prompt: str, timeout_s: float, attempts: int, max_tokens: int
+        self,
+        url: str,
+        model: str,
+        key: str = "",
+        prompt: str = PROMPT,
+        timeout_s: float = 30.0,
+        attempts: int = 3,
+        max_tokens: int = 512,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"options.url of the grader judge must begin with http:// or https://, got {url!r}")

@@ -1,56 +1,15 @@
-"""Preferences between two responses, symmetrised over their positions, and rewards made of them."""
+"""Rewards made of preferences between the responses of a group."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from distrl.errors import ConfigError
 from distrl.graders.grade import Grade
+from distrl.judges import Judge, Preference, symmetrised
 
 if TYPE_CHECKING:
     from distrl.tasks.problem import Problem
-
-
-class Judge(Protocol):
-    """Says which of two responses is better."""
-
-    version: str
-
-    def prefer(self, problem: "Problem", first: str, second: str, /) -> float:
-        """Probability in [0, 1] that the first is better; 1/2 is a tie.
-
-        Raises:
-            StageError, ValueError: there was no answer, or none that can be read.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """What a judge said of two responses in both orders."""
-
-    probability: float
-    """That the first is better: the mean of both orders; 1 minus it with the responses exchanged."""
-    disagreement: float
-    """Distance in [0, 1] of the two orders: 1 where the judge looks at the position alone."""
-
-
-def symmetrised(judge: Judge, problem: "Problem", first: str, second: str) -> Preference:
-    """Asks in both orders.
-
-    Raises:
-        ValueError: a probability is not one. Whatever the judge raises.
-    """
-    forwards = _probability(judge.prefer(problem, first, second))
-    backwards = 1.0 - _probability(judge.prefer(problem, second, first))
-    return Preference((forwards + backwards) / 2, abs(forwards - backwards))
-
-
-def _probability(value: float) -> float:
-    if not 0.0 <= value <= 1.0:  # NaN, too
-        raise ValueError(f"a judge must give a probability from 0 to 1, got {value!r}")
-    return float(value)
 
 
 class WinRate:
@@ -123,18 +82,20 @@ def _grade(wins: Sequence[float], disagreements: Sequence[float]) -> Grade:
 
 
 class ModelJudge(WinRate):
+    """Win rates by a `RewardModelJudge`, whose arguments it has."""
+
+    def __init__(self, path: str, opponents: int = 1, device: str = "cpu", batch_size: int = 16) -> None:
+        super().__init__(RewardModelJudge(path, device, batch_size), opponents, parallel=1)
+
+
+class RewardModelJudge:
     """Judges by a reward model: the first is better with probability sigmoid(score difference), Bradley and Terry's.
 
     Args:
-        path: see `distrl.graders.reward_model.RewardModel`, as for the other arguments that it has.
+        path: see `distrl.graders.reward_model.RewardModel`, as for the other arguments.
     """
 
-    def __init__(self, path: str, opponents: int = 1, device: str = "cpu", batch_size: int = 16) -> None:
-        super().__init__(_BradleyTerry(path, device, batch_size), opponents, parallel=1)
-
-
-class _BradleyTerry:
-    def __init__(self, path: str, device: str, batch_size: int) -> None:
+    def __init__(self, path: str, device: str = "cpu", batch_size: int = 16) -> None:
         from distrl.graders.reward_model import RewardModel
 
         self._model = RewardModel(path, batch_size=batch_size, device=device)

@@ -67,7 +67,25 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
             "nash_mp",
             {"preference.function": None},
             "preference.function is required for objective.recipe nash_mp, which compares responses; set it to "
-            "reward_difference, or to module:function",
+            "reward_difference, a judge, or module:function",
+        ),
+        (
+            "nash_mp",
+            {"preference.options": {"path": "rm"}},
+            "preference.options must be left out with preference.function reward_difference, got {'path': 'rm'}; a "
+            "difference of rewards takes none",
+        ),
+        (
+            "nash_mp",
+            {"preference.symmetrize": True},
+            "preference.symmetrize must be left out with preference.function reward_difference, got True; a difference "
+            "of rewards takes none",
+        ),
+        (
+            "nash_mp",
+            {"preference.function": "judge", "preference.options": {"url": "http://localhost:8000/v1"}},
+            "preference.function: the options of judge must be its arguments, got {'url': 'http://localhost:8000/v1'}: "
+            "missing a required argument: 'model'; correct them in preference.options",
         ),
         (
             "nash_mp",

@@ -11,7 +11,7 @@ from deploy import scaling
 from deploy.process_table import write_processes
 from deploy.run_dir import RunDir, create_run_dir
 from deploy.run_state import RunState, claim, release, write_state
-from deploy.scaling import done, scale_run, take_request
+from deploy.scaling import done, refuse, scale_run, take_request
 from deploy.supervisor import Process, State
 from distrl.config import make_config
 from distrl.errors import DeadlineError, RefusedError, RunError
@@ -28,7 +28,7 @@ def running(tmp_path: Path) -> Iterator[RunDir]:
 
 
 def table(run_dir: RunDir, *states: State) -> None:
-    write_processes(run_dir, [Process("grading", f"grading-{i}", "", None, s, 0.0) for i, s in enumerate(states)], None)
+    write_processes(run_dir, [Process("grading", f"grading-{i}", "", None, s, 0.0) for i, s in enumerate(states)])
 
 
 def test_it_returns_when_the_new_ones_are_up_and_those_too_many_have_ended(run_dir: RunDir) -> None:
@@ -57,11 +57,12 @@ def test_it_returns_when_the_new_ones_are_up_and_those_too_many_have_ended(run_d
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({}, "scale must have a number of processes, got none; give --generation N or --grading N"),
+        ({}, "scale must have a number of processes, got none; give --generation N, --grading N or --learners N"),
         ({"grading": 2, "generation": 0}, "--generation must be at least 1, got 0; distrl stop ends a run"),
+        ({"learners": 0}, "--learners must be at least 1, got 0; distrl stop ends a run"),
         (
-            {"learners": 2},
-            "--learners must be left out, got 2: the workers of a learner cannot change in number while a run runs",
+            {"learners": 513},
+            "--learners must be at most the rollouts of a step (512), got 513; the others would have nothing to learn",
         ),
     ],
 )
@@ -110,3 +111,20 @@ def test_a_late_run_is_named_with_what_is_missing(run_dir: RunDir) -> None:
         f"{run_dir.path}: 2 of grading must be up within 0 s of being asked for, they are not yet; the run goes on "
         f"with it, see {run_dir.processes}"
     )
+
+
+def test_what_the_driver_refuses_is_told_to_who_asked_and_the_next_request_is_taken(run_dir: RunDir) -> None:
+    def driver() -> None:
+        while take_request(run_dir) is None:
+            pass
+        refuse(run_dir, "no room")
+
+    thread = threading.Thread(target=driver)
+    thread.start()
+    assert refusal(RefusedError, lambda: scale_run(run_dir.path, {"learners": 4}, 30)) == "no room"
+    thread.join()
+    assert sorted(p.name for p in run_dir.path.glob("scale*")) == []
+    table(run_dir, State.UP)
+    with pytest.raises(DeadlineError):
+        scale_run(run_dir.path, {"grading": 2}, 0)
+    assert take_request(run_dir) == {"grading": 2}

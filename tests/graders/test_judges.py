@@ -1,10 +1,6 @@
 """Preferences are symmetrised over positions; an endpoint is a real HTTP server on this machine."""
 
-import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +8,11 @@ import pytest
 
 from distrl.errors import ConfigError, StageError
 from distrl.graders.endpoint import EndpointJudge
-from distrl.graders.preference import WinRate, symmetrised
+from distrl.graders.preference import WinRate
+from distrl.judges import symmetrised
 from distrl.tasks import Problem
 from tests.builders import refusal
+from tests.graders.endpoint_server import Reply, says, server
 
 PROBLEM = Problem.of("Say a number.", "")
 
@@ -85,48 +83,11 @@ def test_what_is_no_probability_is_a_failure(value: float) -> None:
         def prefer(self, problem: Problem, first: str, second: str) -> float:
             return value
 
-    with pytest.raises(ValueError, match="a judge must give a probability from 0 to 1"):
+    with pytest.raises(ValueError, match="it must be a probability in"):
         WinRate(Odd())([PROBLEM] * 2, ["1", "2"])
 
 
 # An endpoint -----------------------------------------------------------------------------------------------------
-
-Reply = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-@contextmanager
-def server(reply: Reply) -> Iterator[tuple[str, list[tuple[str | None, dict[str, Any]]]]]:
-    """An HTTP server with what was asked of it: (authorization, request)."""
-    seen: list[tuple[str | None, dict[str, Any]]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.headers.get("Authorization"), request))
-            assert self.path == "/v1/chat/completions"
-            status, body = reply(request)
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", seen
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-
-def says(text: str) -> tuple[int, Any]:
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
 
 def larger_wins(request: dict[str, Any]) -> tuple[int, Any]:

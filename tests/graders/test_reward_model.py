@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
+from distrl.config import PreferenceConfig
 from distrl.errors import DataError
 from distrl.graders.build import build_graders
 from distrl.graders.config import GraderConfig
 from distrl.graders.grade import Grade
 from distrl.graders.preference import ModelJudge
 from distrl.graders.reward_model import RewardModel, content_version
+from distrl.preferences import Contestant, make_comparison
 from distrl.tasks import Problem
 from distrl.tokenizer import character_tokenizer
 
@@ -111,3 +113,12 @@ def test_a_preference_of_the_model_is_bradley_and_terrys(tmp_path: Path) -> None
     assert first.reward == pytest.approx(1 / (1 + math.exp(other - one)), abs=1e-5)
     assert first.reward + second.reward == pytest.approx(1.0)
     assert first.components["disagreement"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_same_model_compares_the_responses_of_nash_learning(tmp_path: Path) -> None:
+    path = make(tmp_path / "rm")
+    one, other = alone(path, "21"), alone(path, "0")
+    comparison = make_comparison(PreferenceConfig(function="preference_model", options={"path": path}))
+    found = comparison.compare(PROBLEM, Contestant("p0.0.0", "21"), Contestant("o0.0.0", "0"))
+    assert comparison.symmetrize
+    assert found.probability == pytest.approx(1 / (1 + math.exp(other - one)), abs=1e-5)

@@ -11,7 +11,7 @@ import transformers as t
 
 from actors.engines.transformers import TransformersEngine
 from distrl.errors import ConfigError
-from distrl.lora import LoraSettings, add_adapters
+from distrl.lora import LoraSettings, Publish, add_adapters
 from distrl.models import load_model
 from distrl.objectives import build
 from distrl.policy_model import Layout, PolicyModel, response_logps
@@ -63,7 +63,7 @@ def make(family: str) -> Any:
     return model
 
 
-def trainer_of(model: Any, directory: Path, recipe: str = "topr") -> Trainer:
+def trainer_of(model: Any, directory: Path, recipe: str = "topr", publish: Publish = "merged") -> Trainer:
     settings = LoopSettings(
         steps=2,
         temperature=1.0,
@@ -73,6 +73,7 @@ def trainer_of(model: Any, directory: Path, recipe: str = "topr") -> Trainer:
         optimizer=OptimizerSettings(1e-2, 0, 0.0, (0.9, 0.95), 1.0),
         logp_check=LogpCheckSettings(0, 1.0, 0, "keep", 1.0),
         skipped_in_a_row=1,
+        publish=publish,
     )
     return Trainer(model, Tokenizer(), build(recipe), settings)
 

@@ -8,7 +8,8 @@ import pytest
 
 from actors.grading import Grading
 from distrl.errors import RunError, StageError
-from distrl.preferences import Judge
+from distrl.judges import FunctionJudge
+from distrl.preferences import Comparison
 from distrl.sampling import SampleRequest
 from distrl.schema import Role
 from tests.builders import run
@@ -24,7 +25,8 @@ def system(directory: Path, opponents: int = 2, **changes: Any) -> InProcessRun:
     made = build(directory, own_actors=(Role.OPPONENT,), max_staleness=1, **changes)
     for member in made.pipeline.grading.members:
         grading: Grading = member.caller._worker  # type: ignore[attr-defined]
-        grading._judge, grading._opponents = Judge("beats", beats, False, 1.0), opponents
+        comparison = Comparison("beats", FunctionJudge(beats), False, 1.0, parallel=2)
+        grading._comparison, grading._opponents = comparison, opponents
     return made
 
 
