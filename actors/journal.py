@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import ray
 
 from distrl.errors import RunError, StageError
+from distrl.journal_file import read_table
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
@@ -175,7 +176,7 @@ def _read_ticket(folder: Folder, name: str, sha256: str, ticket_id: int) -> pa.R
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise StageError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
-    table = pa.ipc.open_file(data).read_all()
+    table = read_table(data, path)
     rows = table.filter(pc.equal(table["ticket_id"], ticket_id)).combine_chunks()
     if not rows.num_rows:
         raise StageError(f"journal file {path}: must hold ticket {ticket_id}, the ledger says so; it does not")

@@ -39,6 +39,7 @@ def _contract(run_dir: RunDir) -> Contract:
             tickets_per_step=train["tickets_per_step"],
             max_staleness=None if train["on_stale"] == "keep" else train["max_staleness"],
             finished=read_state(run_dir) == RunState.FINISHED,
+            drop_abandoned=train.get("abandoned_rollouts") == "drop",  # runs of before have no such key
             redraws=config["limits"]["redraws"] if train["on_stale"] == "redraw" else 0,
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:

@@ -16,6 +16,7 @@ from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, claim, read_state, release
 from deploy.run_storage import run_storage
 from distrl.errors import RefusedError, RunError
+from distrl.journal_file import read_table
 from distrl.ledger import Ledger
 from distrl.messages import JournalReceipt
 from distrl.storage import Folder, cause
@@ -125,7 +126,7 @@ def _read(journal: Folder, name: str, sha256: str) -> pa.Table:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise RunError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
-    return pa.ipc.open_file(data).read_all()
+    return read_table(data, path)
 
 
 def _rows(table: pa.Table, ticket: Row, name: str) -> pa.RecordBatch:

@@ -12,12 +12,11 @@ from pathlib import Path, PurePosixPath
 from sqlite3 import Row
 from typing import Any
 
-import pyarrow as pa
-
 from distrl.audit_tables import Selection, selection
-from distrl.errors import LedgerError
+from distrl.errors import LedgerError, SchemaError
+from distrl.journal_file import read_table
 from distrl.ledger_reader import LedgerReader
-from distrl.staleness import Version, staleness
+from distrl.staleness import Version, staleness, way
 from distrl.storage import Folder, cause
 
 FinalState = frozenset({"committed", "dropped"})
@@ -36,6 +35,8 @@ class Contract:
     """Whether the run has ended as planned: then every ticket must be committed or dropped."""
     redraws: int = 0
     """How often one ticket may be drawn again with other noise."""
+    drop_abandoned: bool = False
+    """Whether nothing may be trained that weights sampled which were left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +292,8 @@ class _Auditor:
             age = max(staleness(self._versions, v, parent) for v in sampled_by)
             if age != recorded[ticket_id]:
                 yield f"ticket {ticket_id} was trained with staleness {age}, the ledger says {recorded[ticket_id]}"
+            if self._contract.drop_abandoned and any(way(self._versions, v, parent)[0] for v in sampled_by):
+                yield f"ticket {ticket_id} was trained, weights sampled it that were left before"
             if bound is not None and age > bound:
                 yield f"ticket {ticket_id} was trained with staleness {age}, train.max_staleness is {bound}"
 
@@ -324,7 +327,11 @@ class _Auditor:
             yield f"journal file {path} must have sha256 {file['sha256']}, got {found}; it was damaged"
             return
         columns = ["ticket_id", "redraw", "prompt_id", "reward", "policy_versions"]
-        table = pa.ipc.open_file(data).read_all().select(columns)
+        try:
+            table = read_table(data, path).select(columns)
+        except SchemaError as error:
+            yield str(error)
+            return
         rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for row in table.to_pylist():
             rows[row["ticket_id"]].append(row)

@@ -238,6 +238,9 @@ class TrainConfig(_Section):
     on_stale: Literal["wait", "redraw", "keep"] = "wait"
     """`wait`: a step waits for a ticket that would become too old; `redraw`: it is aborted and drawn again with the
     next seed, at most `limits.redraws` times; `keep`: it is trained whenever it comes."""
+    abandoned_rollouts: Literal["train", "drop"] = "train"
+    """What becomes of rollouts of weights that were left when the learner went back to a checkpoint. `train`: they are
+    trained within `train.max_staleness` as off-policy data, and counted; `drop`: their tickets are sampled again."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
     lr_schedule: Literal[

@@ -146,6 +146,7 @@ def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset())
         evaluate_every_steps=config.evaluation.every_steps,
         keep_checkpoints=config.train.keep_checkpoints,
         redraws=config.limits.redraws,
+        drop_abandoned=config.train.abandoned_rollouts == "drop",
         turns=config.placement.mode == "turns",
         opponents=Role.OPPONENT in samples,
     )

@@ -17,7 +17,8 @@ from deploy.report.files import Missing, read_config
 from deploy.report.samples import Decoder, tokenizer_of
 from deploy.run_dir import RunDir
 from deploy.run_storage import run_storage
-from distrl.errors import RunError
+from distrl.errors import RunError, SchemaError
+from distrl.journal_file import read_table
 
 FORMAT = 1
 
@@ -176,7 +177,9 @@ class RolloutIndex:
         file = journal / name
         try:
             with journal.open(name) as source:
-                table = pa.ipc.open_file(source).read_all().select(list(_COLUMNS))
+                table = read_table(source, file).select(list(_COLUMNS))
+        except SchemaError as error:
+            raise RunError(f"RUN: {error}") from error
         except FileNotFoundError:
             return  # compacted or pruned: its rollouts are in another file, or kept no longer
         except (OSError, KeyError, pa.ArrowInvalid) as error:
