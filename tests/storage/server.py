@@ -22,6 +22,13 @@ needs_server = pytest.mark.skipif(not SERVER.is_file(), reason=f"{SERVER} is not
 @contextlib.contextmanager
 def s3_server(log: Path) -> Iterator[str]:
     """Address of an empty bucket, as `storage.uri` takes it."""
+    with s3_server_process(log) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def s3_server_process(log: Path) -> "Iterator[tuple[str, subprocess.Popen[bytes]]]":
+    """As `s3_server`, with its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,7 +44,7 @@ def s3_server(log: Path) -> Iterator[str]:
             fs.S3FileSystem(
                 endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True
             ).create_dir(BUCKET)
-            yield f"s3://{BUCKET}/runs?scheme=http&region=us-east-1&endpoint_override={endpoint}"
+            yield f"s3://{BUCKET}/runs?scheme=http&region=us-east-1&endpoint_override={endpoint}", process
         finally:
             process.kill()
             process.wait()
