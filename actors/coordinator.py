@@ -488,6 +488,7 @@ class Coordinator:
             **self._crew.report(),
             "truncated": self._pipeline.truncated,
             "generated_tokens": self._pipeline.generated_tokens,
+            "retries": dict(self._pipeline.retries),
             "learner": self._learner.report(),
             "started": self._started,
             "resumed": self._versions.has_past,

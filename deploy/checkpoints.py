@@ -24,7 +24,7 @@ def last_checkpoint(run_dir: RunDir) -> str | None:
     if not run_dir.ledger.exists():
         return None
     with LedgerReader(run_dir.ledger) as ledger:
-        checkpoints = ledger.checkpoints()
+        checkpoints = ledger.checkpoints() if ledger.begun() else []
     if not checkpoints:
         return None
     storage = run_storage(run_dir)

@@ -121,6 +121,10 @@ class PlacementConfig(_Section):
     memory back while the learner trains."""
     generation_share: float = Field(0.5, gt=0, le=1)
     """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
+    groups: bool = False
+    """Whether generation, grading with environments, and reference actors each take one of Ray's resources
+    `distrl_generation`, `distrl_grading` and `distrl_reference`, and so go to the nodes that have them, as the pods of
+    `distrl k8s render` do. Learners take `distrl_learner` anyway."""
 
 
 class GradingConfig(_Section):
@@ -183,8 +187,8 @@ class PreferenceConfig(_Section):
     """How responses are compared, for objectives that read preferences."""
 
     function: str | None = None
-    """`reward_difference`, a judge (`preference_model`, `judge`), or `module:function` of the form (first, second,
-    answer, metadata) -> P(first beats second)."""
+    """`reward_difference`, a judge (`preference_model`, `judge`, `served_judge`), or `module:function` of the form
+    (first, second, answer, metadata) -> P(first beats second)."""
     options: dict[str, Any] = {}
     """Arguments of the judge or of the function."""
     parallel: int = Field(4, ge=1)

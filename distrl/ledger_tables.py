@@ -74,8 +74,9 @@ def open_to_write(path: Path | None, lock_s: float) -> sqlite3.Connection:
             # NORMAL survives the death of any process; only the loss of the machine can lose the last transactions.
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute("PRAGMA foreign_keys=ON")
-            db.executescript(TABLES)
-            db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
+            # All at once: who is killed here leaves an empty file, and who reads finds all tables or none.
+            meta = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT}');"
+            db.executescript(f"BEGIN IMMEDIATE; {TABLES} {meta} COMMIT;")
     except BaseException:
         db.close()
         raise

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from distrl.errors import RunError
 from distrl.storage import Folder, cause, combined, file_digest, sync
 from learners.gathering import whole_tensors
-from learners.world import World
+from learners.world import World, another_is_gone
 
 FORMAT = 2
 
@@ -120,6 +120,8 @@ class CheckpointWriter:
         try:
             return writing.result()
         except (Exception, CheckpointException) as error:
+            if another_is_gone(error):
+                raise  # no fault of the disk: the group is started again
             if self._world.first:
                 # A full disk needs the room back; what cannot be removed goes before the next attempt.
                 shutil.rmtree(self._aside(directory), ignore_errors=True)
@@ -235,6 +237,8 @@ def load_checkpoint(
             no_dist=world.size == 1,
         )
     except (Exception, CheckpointException) as error:
+        if another_is_gone(error):
+            raise
         raise RunError(
             f"checkpoint {directory}: the training state must be that of the model and the settings of the run: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"

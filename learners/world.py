@@ -1,6 +1,6 @@
 """The workers of a group, as the training loop sees them: who it is, and what it asks of the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -88,3 +88,16 @@ class World:
         if self.size > 1:
             distributed.all_reduce(tensor, group=self.control)
         return tensor
+
+
+def another_is_gone(error: BaseException) -> bool:
+    """Whether a collective failed because the connection to another worker is gone, as after its death.
+
+    torch.distributed has no type for it with gloo, which says it in words.
+    """
+    failures: Mapping[int, Any] = getattr(error, "failures", {})  # of a CheckpointException, by rank
+    causes = [error, *(failure[0] for failure in failures.values())]
+    return any(
+        isinstance(cause, distributed.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause))
+        for cause in causes
+    )
