@@ -67,6 +67,8 @@ def remove_unnamed(run_dir: RunDir) -> list[str]:
     if not run_dir.ledger.exists():
         return []
     with LedgerReader(run_dir.ledger) as ledger:
+        if not ledger.begun():
+            return []
         named = {PurePosixPath(c.path).name for c in ledger.checkpoints()}
     folders = [run_storage(run_dir).checkpoints, Folder(sending(run_dir))]
     removed = []

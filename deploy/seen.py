@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.run_dir import RunDir
 from deploy.run_storage import storage_at
 from distrl.config import Config
-from distrl.errors import RefusedError
+from distrl.errors import DeadlineError, RefusedError
 
 ANSWER_S = 60.0
 
@@ -19,7 +19,8 @@ ANSWER_S = 60.0
 def check_seen_everywhere(config: Config, run_dir: RunDir) -> None:
     """
     Raises:
-        RefusedError: the storage is a folder of one machine, and the cluster has several.
+        RefusedError: the storage is a folder of one machine, and the cluster has several. DeadlineError: one of them
+            does not answer.
     """
     folder = storage_at(config.storage.uri, run_dir).folder
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -59,7 +60,13 @@ def check_seen(
 def _ask(node: dict[str, Any], mark: Path) -> bool:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     asked: Any = ray.remote(_is_file).options(num_cpus=0, scheduling_strategy=strategy)
-    return bool(ray.get(asked.remote(mark), timeout=ANSWER_S))
+    try:
+        return bool(ray.get(asked.remote(mark), timeout=ANSWER_S))
+    except ray.exceptions.GetTimeoutError:
+        raise DeadlineError(
+            f"the machine {node['NodeManagerAddress']} of the cluster must answer within {ANSWER_S:g} s, got nothing; "
+            "look at ray status"
+        ) from None
 
 
 def _is_file(path: Path) -> bool:
