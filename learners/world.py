@@ -1,6 +1,6 @@
 """The workers of a group, as the training loop sees them: who it is, and what it asks of the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -75,8 +75,29 @@ class World:
         distributed.all_gather_object(found, value, group=self.control)
         return found
 
+    def gather_files(self, value: T) -> Sequence[T]:
+        """As `gather`, from the thread that writes checkpoints."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value, group=self.files)
+        return found
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Adds up a CPU tensor over all workers, in place."""
         if self.size > 1:
             distributed.all_reduce(tensor, group=self.control)
         return tensor
+
+
+def another_is_gone(error: BaseException) -> bool:
+    """Whether a collective failed because the connection to another worker is gone, as after its death.
+
+    torch.distributed has no type for it with gloo, which says it in words.
+    """
+    failures: Mapping[int, Any] = getattr(error, "failures", {})  # of a CheckpointException, by rank
+    causes = [error, *(failure[0] for failure in failures.values())]
+    return any(
+        isinstance(cause, distributed.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause))
+        for cause in causes
+    )

@@ -162,11 +162,12 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
                 "generation.gpus"
             )
         if "generation.replicas" not in asked:
-            pods, rest = divmod(config.generation.actors * per_actor, generation.gpus)
+            actors = processes("generation", config)
+            pods, rest = divmod(actors * per_actor, generation.gpus)
             if rest:
                 raise ConfigError(
                     f"generation.actors times their GPUs must be a multiple of generation.gpus "
-                    f"({generation.gpus}), pods are equal, got {config.generation.actors} x {per_actor}; "
+                    f"({generation.gpus}), pods are equal, got {actors} x {per_actor}; "
                     "change --set generation.gpus"
                 )
             generation = generation.model_copy(update={"replicas": pods})
@@ -176,6 +177,21 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
             f"need, got {generation.most}"
         )
     return values.model_copy(update={"learners": learners, "generation": generation})
+
+
+def processes(group: str, config: Config) -> int:
+    """Processes that a config has in a group of pods."""
+    match group:
+        case "learner":
+            return config.train.workers
+        case "generation":
+            own = config.generation.evaluation_actors + config.generation.reference_actors
+            return config.generation.actors + own + config.generation.opponent_actors
+        case "grading":
+            environments = config.environment.actors if config.environment.name is not None else 0
+            return config.grading.actors + environments
+        case _:
+            return config.reference.actors
 
 
 def run_name(config: Config) -> str:

@@ -1,6 +1,8 @@
 """A learner gets more and fewer workers while its run runs: real processes, gloo between them."""
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,13 +32,16 @@ TICKETS = 4
 WAIT_S = 120.0
 
 
+def tiny_model(folder: Path) -> Path:
+    size = TinyArchitecture(hidden_size=32, layers=2, heads=2, intermediate_size=64)
+    make_tiny_model(folder / "model", character_tokenizer(ALPHABET), seed=0, architecture=size)
+    return folder / "model"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    directory: Path = tmp_path_factory.mktemp("model")
-    size = TinyArchitecture(hidden_size=32, layers=2, heads=2, intermediate_size=64)
-    make_tiny_model(directory, character_tokenizer(ALPHABET), seed=0, architecture=size)
     start_ray()
-    yield directory
+    yield tiny_model(tmp_path_factory.mktemp("model"))
     ray.shutdown()
 
 
@@ -86,8 +91,8 @@ def beside(settings: Config, play: Callable[[RunDir], None]) -> dict[str, Any]:
     return summary
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def wait_until(condition: Callable[[], bool], wait_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + wait_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -133,3 +138,32 @@ def test_one_two_and_one_worker_train_what_one_worker_trains(model: Path, tmp_pa
     assert records(resized.run_dir, "restarted") == []
     groups = [r for r in records(resized.run_dir, "learner") if "begins" in r["message"]]
     assert ["the first of 2" in r["message"] for r in groups] == [False, True, False]
+
+
+def test_one_worker_of_two_is_killed_and_the_steps_since_the_checkpoint_are_made_again(
+    model: Path, tmp_path: Path
+) -> None:
+    settings = config(model, tmp_path, "killed", **{"train.workers": 2, "train.checkpoint_every_steps": 3})
+
+    def kill(run_dir: RunDir) -> None:
+        wait_until(lambda: len(records(run_dir.path, "step")) > 4)
+        first, second = learners(run_dir)
+        os.kill(second["pid"], signal.SIGKILL)
+        wait_until(lambda: bool(records(run_dir.path, "rolled_back")))
+        wait_until(lambda: not {first["pid"], second["pid"]} & {row["pid"] for row in learners(run_dir)})
+        assert len(learners(run_dir)) == 2
+
+    beside(settings, kill)
+    found = audit_run(settings.run_dir)
+    assert found.violations == ()
+    assert found.tickets["committed"] == STEPS * TICKETS
+    assert len(records(settings.run_dir, "restarted")) == 1  # of the budget of failures
+    steps = [r["step"] for r in records(settings.run_dir, "step")]
+    again = sorted({step for step in steps if steps.count(step) > 1})
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    # Whole steps since the checkpoint, trained again under new versions; none before it.
+    ((back,),) = [[int(r["message"].split()[2].rstrip(","))] for r in records(settings.run_dir, "rolled_back")]
+    assert again == list(range(back + 1, back + 1 + len(again)))
+    loaded = [r["version"] for r in records(settings.run_dir, "load")]
+    assert loaded == sorted(set(loaded))
+    assert loaded[-1] == STEPS + len(again) + 1
