@@ -4,16 +4,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.calls import unwrap
+from deploy.checkpoints import local_checkpoint
 from deploy.offering import OfferingPublisher, Source
 from deploy.publisher import Publisher
 from deploy.remote.located import whereabouts
 from deploy.run_dir import RunDir
+from deploy.run_storage import sending, storage_at
 from distrl.config import Config
 from distrl.errors import DeadlineError, DistrlError, RunError
 from distrl.messages import BatchGrant, LearnerStart, Manifest, PublishAgain, StepReport, TicketGrant, Whereabouts
@@ -128,10 +129,10 @@ class RayLink:
         if self._offering is not None:
             self._offering.close()
 
-    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+    def commit_checkpoint(self, location: str, state: TrainState, sha256: str) -> None:
         self._get(
             lambda: self._coordinator.commit_checkpoint.remote(
-                str(path), state.step, state.version, sha256, self._session
+                location, state.step, state.version, sha256, self._session
             ),
             "commit_checkpoint",
         )
@@ -168,12 +169,14 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
     from deploy.check import optimizer_settings
 
     t = config.train
+    storage = storage_at(config.storage.uri, run_dir)
     return LoopSettings(
         steps=t.steps,
         temperature=config.rollout.temperature,
         micro_batch_tokens=t.micro_batch_tokens,
         checkpoint_every_steps=t.checkpoint_every_steps,
-        checkpoints=run_dir.checkpoints,
+        checkpoints=storage.checkpoints.local or sending(run_dir),
+        storage=storage.checkpoints if storage.checkpoints.local is None else None,
         optimizer=optimizer_settings(config),
         layout=t.layout,
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
@@ -260,7 +263,8 @@ def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     link.sit(start.session)
     resume = None
     if start.checkpoint is not None:
-        resume = trainer.restore(Path(start.checkpoint))
+        with local_checkpoint(storage_at(config.storage.uri, run_dir), start.checkpoint) as directory:
+            resume = trainer.restore(directory)
     elif start.publish:
         resume = TrainState(step=0, version=0)  # the weights that the run began with, under a new version
     train(trainer, loop_settings(config, run_dir), link, world, resume, report, republish=start.publish)

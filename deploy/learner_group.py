@@ -8,6 +8,7 @@ import ray
 from deploy.learner import RESOURCE, worker_main
 from deploy.placement import learner_gpus
 from deploy.run_dir import RunDir
+from deploy.run_storage import storage_at
 from distrl.config import Config
 from distrl.errors import RunError
 from learners.group import GroupStatus
@@ -53,6 +54,8 @@ class RayTrainGroup:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        # Ray Train keeps its own state where every machine of the run sees it.
+        filesystem, path = (storage_at(self._config.storage.uri, self._run_dir).folder / "ray_train").filesystem
         gpus = learner_gpus(self._config)
         try:
             trainer = TorchTrainer(
@@ -67,7 +70,8 @@ class RayTrainGroup:
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
                 run_config=RunConfig(
                     name="learner",
-                    storage_path=str(self._run_dir.path / "ray_train"),
+                    storage_path=path,
+                    storage_filesystem=filesystem,
                     failure_config=FailureConfig(max_failures=-1),
                 ),
             )

@@ -18,6 +18,7 @@ from deploy.remote.policy_store import PolicyStoreActor
 from deploy.remote.reference import ReferenceActor
 from deploy.roles import weights_of_stage
 from deploy.run_dir import RunDir
+from deploy.run_storage import storage_at
 from distrl.config import Config
 from distrl.errors import RunError
 from distrl.messages import Whereabouts
@@ -78,7 +79,8 @@ class RayProcesses:
             self._make(EnvironmentActor, {"max_restarts": -1, **self._group("environment")}, config, os.getcwd())
             for _ in range(count)
         ]
-        self.journal = self._make(JournalActor, self._here(), run_dir, config.limits.journal_bytes)
+        journal = storage_at(config.storage.uri, run_dir).journal
+        self.journal = self._make(JournalActor, self._here(), journal, config.limits.journal_bytes)
         self.coordinator = self._make(
             CoordinatorActor,
             self._here(),

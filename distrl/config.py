@@ -18,6 +18,7 @@ from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams, UpdateMode
 from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
+from distrl.storage_config import StorageConfig
 from distrl.tasks.config import DataConfig
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
@@ -243,6 +244,9 @@ class TrainConfig(_Section):
     on_stale: Literal["wait", "redraw", "keep"] = "wait"
     """`wait`: a step waits for a ticket that would become too old; `redraw`: it is aborted and drawn again with the
     next seed, at most `limits.redraws` times; `keep`: it is trained whenever it comes."""
+    abandoned_rollouts: Literal["train", "drop"] = "train"
+    """What becomes of rollouts of weights that were left when the learner went back to a checkpoint. `train`: they are
+    trained within `train.max_staleness` as off-policy data, and counted; `drop`: their tickets are sampled again."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
     lr_schedule: Literal[
@@ -352,6 +356,7 @@ class Config(_Section):
     format: Literal[1] = 1
     """Version of the config's format."""
     run: RunConfig = RunConfig()
+    storage: StorageConfig = StorageConfig()
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()

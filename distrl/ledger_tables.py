@@ -46,6 +46,8 @@ CREATE TABLE IF NOT EXISTS waits (
     ticket_id INTEGER NOT NULL REFERENCES tickets(ticket_id), step INTEGER NOT NULL, waited_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS retired (
     ticket_id INTEGER PRIMARY KEY REFERENCES tickets(ticket_id), retired_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS put_back (
+    checkpoint TEXT NOT NULL, lost_files INTEGER NOT NULL, put_back_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluations (
     evaluation INTEGER PRIMARY KEY, name TEXT NOT NULL, step INTEGER NOT NULL,
     oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL,
