@@ -146,6 +146,7 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
     workers = config.train.workers
     per_actor = config.generation.tensor_parallel_size
     learners, generation = values.learners, values.generation
+    _check_gpus_are_used(values, config)
     if learners.gpus and "learners.replicas" not in asked:
         pods, rest = divmod(workers, min(learners.gpus, workers))
         if rest:
@@ -177,6 +178,29 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
             f"need, got {generation.most}"
         )
     return values.model_copy(update={"learners": learners, "generation": generation})
+
+
+def _check_gpus_are_used(values: KubernetesValues, config: Config) -> None:
+    """Pods have GPUs where, and only where, the run would use them."""
+    wanted = {"learners": config.train.device == "cuda", "generation": config.placement.mode != "cpu"}
+    keys = {"learners": "train.device=cuda", "generation": "placement.mode=separate"}
+    for name, uses in wanted.items():
+        gpus = getattr(values, name).gpus
+        if gpus and not uses:
+            raise ConfigError(
+                f"{name}.gpus must be 0 where the run uses none there, got {gpus}: they would be idle; set "
+                f"{keys[name]} in the config, or --set {name}.gpus=0"
+            )
+        if uses and not gpus:
+            raise ConfigError(
+                f"{name}.gpus must be at least 1, the config has {keys[name]}, got 0; choose --overlay gpu, or --set "
+                f"{name}.gpus"
+            )
+    if config.placement.mode not in ("cpu", "separate"):
+        raise ConfigError(
+            f"placement.mode must be cpu or separate on Kubernetes, learners and generation have pods of their own, "
+            f"got {config.placement.mode!r}; set placement.mode=separate"
+        )
 
 
 def processes(group: str, config: Config) -> int:

@@ -5,6 +5,7 @@ import gc
 import random
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from distrl.messages import BatchGrant, StepReport
 from distrl.sampling import LoadReport, Sample, SampleRequest
 from tests.metrics.snapshots import METRICS
 from tests.simulation.loop import VirtualLoop
-from tests.simulation.schedule import Schedule
+from tests.simulation.run import undisturbed
+from tests.simulation.schedule import schedule_of
 from tests.simulation.world import Disk, Faults, WeightEngine, World
 
 DAY_S = 86_400.0
@@ -29,8 +31,8 @@ LOOK_S = 60.0
 GROWTH_BYTES_PER_STEP = 500
 """Less than one of a step's records takes, or one of its tickets; a number in the tree of versions may stay."""
 
-LONG = Schedule(
-    seed=0,
+LONG = replace(
+    undisturbed(schedule_of(0)),
     steps=100_000,
     tickets_per_step=2,
     max_staleness=1,
@@ -43,8 +45,6 @@ LONG = Schedule(
     poison_actor=1,
     # One prompt in sixteen cannot be graded: it is retried, and dropped with its reason.
     poison_tickets=tuple(range(0, 4096, 16)),
-    slow_tickets=(),
-    faults=(),
 )
 
 
