@@ -16,7 +16,8 @@ class RayTrainGroup:
     """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
     A worker that dies is started again by Ray Train, and with it the whole group, as often as it takes: the supervisor
-    counts and ends the run when it is too often. What the workers go on from the coordinator says, not Ray Train.
+    counts and ends the run when it is too often. An elastic group (`train.max_workers`) fails instead, so that the
+    next one can be of another size. What the workers go on from the coordinator says, not Ray Train.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
@@ -53,6 +54,7 @@ class RayTrainGroup:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         cuda = self._config.train.device == "cuda"
+        again = -1 if self._config.train.max_workers is None else 0
         try:
             trainer = TorchTrainer(
                 worker_main,
@@ -67,7 +69,7 @@ class RayTrainGroup:
                 run_config=RunConfig(
                     name="learner",
                     storage_path=str(self._run_dir.path / "ray_train"),
-                    failure_config=FailureConfig(max_failures=-1),
+                    failure_config=FailureConfig(max_failures=again, controller_failure_limit=again),  # type: ignore[call-arg]
                 ),
             )
             self._status = GroupStatus.RUNNING
