@@ -14,6 +14,7 @@ from actors.crew import Crew
 from actors.dispatcher import Dispatcher
 from actors.evaluation import Evaluation, Evaluator
 from actors.flight import Flight
+from actors.keeper import Keeper
 from actors.learner_seat import LearnerSeat
 from actors.outcome import Outcome
 from actors.pipeline import Pipeline
@@ -40,6 +41,7 @@ class Coordinator:
     Args:
         pipeline: the stages.
         clock: seconds since the epoch.
+        keeper: of the checkpoints' files; None deletes those on this machine, and copies no ledger.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Coordinator:
         pipeline: Pipeline,
         recorder: Recorder,
         clock: Callable[[], float],
+        keeper: Keeper | None = None,
     ) -> None:
         self._settings = settings
+        self._keeper = keeper
         self._ledger = ledger
         self._prompts = prompts
         self._pipeline = pipeline
@@ -435,10 +439,15 @@ class Coordinator:
         if self._turns is not None and step == self._settings.steps:
             await self._turns.to_generation()  # for the last evaluation; the learner has nothing left to do
         self._recorder.event("checkpoint", f"step {step}, {tickets} tickets committed: {path}")
+        remove: Callable[[str], object] = shutil.rmtree
+        if self._keeper is not None:
+            # Before an older checkpoint goes: of the two kept at least there is always one with a copy of its own.
+            await asyncio.to_thread(self._keeper.copy_ledger, path)
+            remove = self._keeper.remove
         # The ledger gives a checkpoint up before its files go: a crash between the two leaves files, not a gap.
         for old in self._ledger.remove_checkpoints(self._settings.keep_checkpoints):
             try:
-                await asyncio.to_thread(shutil.rmtree, old.path)
+                await asyncio.to_thread(remove, old.path)
             except OSError as error:
                 self._recorder.failed_call("checkpoint", f"removing the checkpoint {old.path}: {error}")
             else:
@@ -479,6 +488,7 @@ class Coordinator:
             **self._crew.report(),
             "truncated": self._pipeline.truncated,
             "generated_tokens": self._pipeline.generated_tokens,
+            "retries": dict(self._pipeline.retries),
             "learner": self._learner.report(),
             "started": self._started,
             "resumed": self._versions.has_past,

@@ -84,6 +84,7 @@ class Dispatcher:
             flight.oldest_step = min(flight.oldest_step, self._versions.step_of(*flight.versions))
         returned = [await self._read_back(kept) for kept in self._ledger.roll_back(step)]
         self.flights.roll_back(step, returned)
+        self._return_abandoned()
         self._return_hopeless(step)
         return len(returned)
 
@@ -181,6 +182,7 @@ class Dispatcher:
         else:
             self._ledger.mark_ready(ticket_id, journal_file=journalled, reward_mean=flight.reward_mean)
             self.flights.ready(flight, self._clock())
+            self._return_abandoned()  # the learner may have gone back meanwhile
             self._drops_in_a_row = 0
         self.issue()
         await self._outcome.notify()
@@ -260,6 +262,14 @@ class Dispatcher:
         )
         self.drop(flight, error.reason, error.detail)
         self._count_drop(error)
+
+    def _return_abandoned(self) -> None:
+        """Ready tickets of weights that were left are sampled again, where the run wants none of them."""
+        if not self._settings.drop_abandoned:
+            return
+        for flight in [f for f in self.flights.under_way.values() if f.ready]:
+            if self._versions.abandoned(flight.versions):
+                self.sample_again(flight, ReturnCause.ABANDONED)
 
     def _return_hopeless(self, step: int) -> int:
         """Ready tickets too far from the weights that the learner was rolled back to are sampled again; how many."""

@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray
 
 from actors.episodes import Episodes, Trajectory, single_turn
+from actors.transfer.transport import Transport
 from distrl.errors import PolicyError, StageError
 from distrl.manifest import unpack
 from distrl.messages import Chunk, Content, GenerationReceipt, Layout, LoadReceipt, Manifest
@@ -47,6 +48,7 @@ class Generation:
         clock: seconds since the epoch.
         episodes: how to play them, where a rollout is one; else it is one response.
         adapters: of the engines whose weights are published as adapters alone, by the name of the weights.
+        transport: takes the place of `fetch`, where weights may come another way than from the store.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Generation:
         clock: Callable[[], float] = time.time,
         episodes: Episodes | None = None,
         adapters: "Mapping[str, Adapters] | None" = None,
+        transport: Transport | None = None,
     ) -> None:
         self._name = name
         self._adapters = adapters or {}
@@ -66,7 +69,8 @@ class Generation:
         self._engines = engines
         self._text = text
         self._params = params
-        self._fetch = fetch
+        self._transport = transport
+        self._fetch = fetch if transport is None else transport
         self._clock = clock
         self._loading = asyncio.Lock()
         # What each engine holds, as far as it came from the store.
@@ -178,8 +182,16 @@ class Generation:
             if engine.loads_changes or weights in self._adapters:
                 self._have[weights] = {entry.name: entry.content for entry in manifest.tensors}
             moved = sum(tensor.nbytes for tensor in tensors.values())
+            way, fallback = ("store", None) if self._transport is None else self._transport.last
             return LoadReceipt(
-                version, fetched - began, report.pause_s, report.sequences_in_flight, moved, len(tensors)
+                version,
+                fetched - began,
+                report.pause_s,
+                report.sequences_in_flight,
+                moved,
+                len(tensors),
+                way,
+                fallback,
             )
 
     async def _verified(self, weights: str, version: int) -> tuple[Manifest, "dict[str, Tensor]"]:
@@ -243,3 +255,5 @@ class Generation:
     async def close(self) -> None:
         for engine in self._engines.values():
             await engine.close()
+        if self._transport is not None:
+            self._transport.close()

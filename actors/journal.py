@@ -2,20 +2,21 @@
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
 from distrl.errors import RunError, StageError
+from distrl.journal_file import read_table
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
+from distrl.storage import Folder, cause
 
 FLUSH_S = 0.05
 """Rollouts wait at most this long for others to share a file with."""
@@ -24,6 +25,7 @@ FLUSH_BYTES = 16 << 20
 
 
 REMEDY = "make room, then go on with distrl resume"
+REMOTE_REMEDY = "see that storage.uri can be reached and written to, then go on with distrl resume"
 
 
 @dataclass(slots=True)
@@ -33,21 +35,24 @@ class _Entry:
 
 
 class Journal:
-    """Writes one file per flush, aside first, synced, then renamed: a file that has its name is complete.
+    """Writes one file per flush; a file that has its name is complete, see `distrl.storage.Folder`.
 
     Args:
-        directory: for the files; made if it is missing.
+        folder: for the files; made if it is missing.
         budget_bytes: what all files together may take; None is no bound.
         clock: seconds since the epoch; part of the file names, so that a restarted journal overwrites nothing.
     """
 
     def __init__(
-        self, directory: Path, clock: Callable[[], float] = time.time, budget_bytes: int | None = None
+        self, folder: Folder | Path, clock: Callable[[], float] = time.time, budget_bytes: int | None = None
     ) -> None:
-        self._directory = directory
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._folder = folder if isinstance(folder, Folder) else Folder(folder)
         self._budget_bytes = budget_bytes
-        self._bytes = sum(path.stat().st_size for path in self._directory.iterdir())
+        try:
+            self._folder.make()
+            self._bytes = sum(self._folder.files().values())
+        except OSError as error:
+            raise RunError(f"journal {self._folder}: cannot be listed: {cause(error)}; {self._remedy()}") from error
         self._prefix = f"{int(clock() * 1000):013d}"
         self._files = 0
         self._waiting: list[_Entry] = []
@@ -89,7 +94,8 @@ class Journal:
         Raises:
             StageError: the file is missing or damaged, or does not hold the ticket.
         """
-        rows = await asyncio.to_thread(_read_ticket, Path(path), sha256, ticket_id)
+        # By name: the run may have been moved since the ledger named the file.
+        rows = await asyncio.to_thread(_read_ticket, self._folder, PurePosixPath(path).name, sha256, ticket_id)
         return rows.num_rows, rows
 
     def _flush(self) -> None:
@@ -110,13 +116,14 @@ class Journal:
             except RunError as error:
                 _refuse(entries, error)
                 return
-            path = self._directory / f"{self._prefix}-{self._files:06d}.arrow"
+            name = f"{self._prefix}-{self._files:06d}.arrow"
             self._files += 1
             try:
-                receipt = await asyncio.to_thread(write_file, path, [e.rollouts for e in entries])
+                receipt = await asyncio.to_thread(write_file, self._folder, name, [e.rollouts for e in entries])
             except OSError as error:
                 # No fault of the tickets: a disk that is full or read-only ends the run, and drops none of them.
-                _refuse(entries, RunError(f"journal file {path}: cannot be written: {error.strerror}; {REMEDY}"))
+                what = f"journal file {self._folder / name}: cannot be written: {cause(error)}"
+                _refuse(entries, RunError(f"{what}; {self._remedy()}"))
                 return
             except BaseException as error:
                 _refuse(entries, error)
@@ -126,10 +133,13 @@ class Journal:
             if not entry.written.done():
                 entry.written.set_result(receipt)
 
+    def _remedy(self) -> str:
+        return REMEDY if self._folder.local is not None else REMOTE_REMEDY
+
     def _check_budget(self, more_bytes: int) -> None:
         if self._budget_bytes is not None and self._bytes + more_bytes > self._budget_bytes:
             raise RunError(
-                f"limits.journal_bytes: the journal {self._directory} must not grow beyond {self._budget_bytes} bytes, "
+                f"limits.journal_bytes: the journal {self._folder} must not grow beyond {self._budget_bytes} bytes, "
                 f"it has {self._bytes} and {more_bytes} more to write; run distrl compact, or raise the limit in the "
                 "run's config.yaml, then go on with distrl resume"
             )
@@ -141,41 +151,32 @@ def _refuse(entries: list[_Entry], error: BaseException) -> None:
             entry.written.set_exception(error)
 
 
-def write_file(path: Path, batches: Sequence[pa.RecordBatch]) -> JournalReceipt:
-    """Writes a journal file that is safe on disk, name included, when this returns, and complete or absent.
+def write_file(folder: Folder, name: str, batches: Sequence[pa.RecordBatch]) -> JournalReceipt:
+    """Writes a journal file that is safe, name included, when this returns, and complete or absent.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk or the storage refused.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMAS[Stage.JOURNAL]) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    data = memoryview(sink.getvalue())
-    aside = path.with_suffix(".partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name must survive a crash too
-    finally:
-        os.close(directory)
+    data = sink.getvalue()
+    folder.write(name, data)
     digest = hashlib.sha256(data).hexdigest()
-    return JournalReceipt(str(path), digest, sum(b.num_rows for b in batches), len(data))
+    return JournalReceipt(str(folder / name), digest, sum(b.num_rows for b in batches), data.size)
 
 
-def _read_ticket(path: Path, sha256: str, ticket_id: int) -> pa.RecordBatch:
+def _read_ticket(folder: Folder, name: str, sha256: str, ticket_id: int) -> pa.RecordBatch:
+    path = folder / name
     try:
-        data = path.read_bytes()
+        data = folder.read(name)
     except OSError as error:
-        raise StageError(f"journal file {path}: must be readable, the ledger names it: {error.strerror}") from error
+        raise StageError(f"journal file {path}: must be readable, the ledger names it: {cause(error)}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise StageError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
-    table = pa.ipc.open_file(data).read_all()
+    table = read_table(data, path)
     rows = table.filter(pc.equal(table["ticket_id"], ticket_id)).combine_chunks()
     if not rows.num_rows:
         raise StageError(f"journal file {path}: must hold ticket {ticket_id}, the ledger says so; it does not")

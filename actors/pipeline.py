@@ -92,6 +92,9 @@ class Pipeline:
         """Told of every member that was taken out, with the cause."""
         self.rollouts: Counter[str] = Counter()
         """Rollouts that each stage has finished so far."""
+        stages = ("generation", "grading", "journal", *(() if reference is None else ("reference",)))
+        self.retries: Counter[str] = Counter(dict.fromkeys(stages, 0))
+        """Calls that were made again so far; calls of an unknown outcome count, too."""
         self.truncated = 0
         """Of the sampled rollouts those that were cut at `max_new_tokens`."""
         self.generated_tokens = 0
@@ -239,6 +242,7 @@ class Pipeline:
                 self.on_failure(flight, error)
                 if failures >= self._limits.attempts:
                     raise TicketFailedError(reason, str(error)) from error
+            self.retries[reason.removesuffix("_failed")] += 1
             await asyncio.sleep(self._limits.retry_delay_s * 2 ** max(0, failures - 1))
 
     def _is_suspect(self, flight: Flight) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from distrl.errors import LostWeightsError, PolicyError
-from distrl.messages import Chunk, Content, Delivery, Layout, Manifest, Span, TensorEntry
+from distrl.messages import Chunk, Content, Delivery, Layout, Manifest, Offer, Span, TensorEntry
 from distrl.tickets import POLICY_WEIGHTS
 
 _Key = tuple[str, int]
@@ -47,6 +47,7 @@ class PolicyStore:
         self._put = put
         self._arriving: dict[_Key, dict[int, _Stored]] = {}
         self._published: dict[_Key, Manifest] = {}
+        self._offers: dict[_Key, Offer] = {}
         self._tensors: dict[Content, tuple[_Piece, ...]] = {}
 
     @ray.method
@@ -99,26 +100,38 @@ class PolicyStore:
         self._published[key] = manifest
         self._forget()
 
+    @ray.method
+    async def offer(self, manifest: Manifest, offer: Offer) -> None:
+        """Makes a version available whose bytes the learner sends to who asks it; here they arrive later."""
+        key = (manifest.weights, manifest.version)
+        self._published[key] = manifest
+        self._offers[key] = offer
+        self._forget()
+
     def _forget(self) -> None:
         """Drops old versions, tensors that no version has, and what a learner that died while publishing left."""
         for weights in {weights for weights, _ in self._published}:
             versions = self._versions(weights)
             for old in versions[: -self._keep]:
                 del self._published[weights, old]
+                self._offers.pop((weights, old), None)
             for key in [k for k in self._arriving if k[0] == weights and k[1] < versions[-1]]:
                 del self._arriving[key]
         contents = {entry.content for entry in self._entries()}
         self._tensors = {content: pieces for content, pieces in self._tensors.items() if content in contents}
 
     @ray.method
-    async def fetch(self, version: int, have: Mapping[str, Content], weights: str = POLICY_WEIGHTS) -> Delivery:
+    async def fetch(
+        self, version: int, have: Mapping[str, Content], weights: str = POLICY_WEIGHTS, from_store: bool = False
+    ) -> Delivery:
         """A published version, without the tensors that the caller has.
 
         Args:
             have: what the caller has under each name. Equal values under another name do not count: the caller would
                 have to know where to copy them from.
+            from_store: the bytes themselves, also where the learner offers them.
         Raises:
-            LostWeightsError: the version is not here (any more).
+            LostWeightsError: the version is not here (any more), or its bytes are not here (yet).
         """
         if (weights, version) not in self._published:
             raise LostWeightsError(
@@ -126,10 +139,18 @@ class PolicyStore:
                 "pull the newest"
             )
         manifest = self._published[weights, version]
+        offer = self._offers.get((weights, version))
+        if offer is not None and not from_store:
+            return Delivery(manifest, {}, (), offer)
         chunks: dict[int, tuple[int, Any]] = {}
         layout = {}
         for entry in manifest.tensors:
             if have.get(entry.name) != entry.content:
+                if entry.content not in self._tensors:
+                    raise LostWeightsError(
+                        f"{weights} version {version} must have its bytes in the store, tensor {entry.name} is only "
+                        "offered by the learner; wait for it"
+                    )
                 spans = []
                 for piece in self._tensors[entry.content]:
                     index, _ = chunks.setdefault(id(piece.stored), (len(chunks), piece.stored.reference))

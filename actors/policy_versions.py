@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from distrl.ledger import Ledger
-from distrl.staleness import Version, most_stale
+from distrl.staleness import Version, most_stale, way
 
 
 class PolicyVersions:
@@ -48,6 +48,10 @@ class PolicyVersions:
     def age(self, sampled_by: Iterable[int]) -> int:
         """Staleness of what these versions sampled when the published weights are trained on it."""
         return most_stale(self._tree, sampled_by, self.published.version)
+
+    def abandoned(self, sampled_by: Iterable[int]) -> bool:
+        """Whether one of these versions has weights that no way to the published ones goes through."""
+        return any(way(self._tree, version, self.published.version)[0] for version in sampled_by)
 
     def step_of(self, *sampled_by: int) -> int:
         """The step of the weights that something counts as sampled by, on the branch of the published ones.

@@ -67,6 +67,8 @@ class Recorder:
 
     def load(self, actor: str, receipt: LoadReceipt, weights: str = POLICY_WEIGHTS) -> None:
         self._add({"kind": "load", "actor": actor, "weights": weights, **asdict(receipt)})
+        if receipt.fallback is not None:
+            self.event("transport_fallback", f"{actor} took {weights} from the store: {receipt.fallback}")
 
     def _add(self, record: dict[str, Any]) -> None:
         record = {"number": self._next, "time_s": self._clock(), **record}

@@ -23,6 +23,8 @@ class CoordinatorSettings:
     evaluate_every_steps: int
     keep_checkpoints: int
     redraws: int
+    drop_abandoned: bool = False
+    """Whether rollouts of weights that were left after a roll-back are sampled again."""
     turns: bool = False
     """Whether generation and learner take turns on one device; only with a staleness bound of 0."""
     opponents: bool = False

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from deploy.progress import Progress
+from deploy.put_back import is_kept_apart, put_back
 from deploy.report.files import read_json
 from deploy.run import resume_training, run_training
 from deploy.run_dir import RunDir
@@ -18,7 +19,8 @@ def resume_or_start(config: Config, progress: Progress | None = None) -> dict[st
     """Starts the run that a config describes, or goes on with it; a finished one is left alone.
 
     An attempt that ended before its first checkpoint goes on from the weights that it began with, and keeps what it
-    had sampled. A directory that was not even complete is put aside as NAME.abandoned-1 and so on.
+    had sampled. A directory that is lost is put back from `storage.uri`, where the run has one. One that was not even
+    complete is put aside as NAME.abandoned-1 and so on.
 
     Returns:
         The summary.
@@ -26,6 +28,8 @@ def resume_or_start(config: Config, progress: Progress | None = None) -> dict[st
         RefusedError: the run goes on in another process, or its config is another. RunError: it failed.
     """
     run_dir = RunDir(config.run_dir.absolute())
+    if not run_dir.path.exists() and is_kept_apart(config):
+        put_back(run_dir.path, str(config.storage.uri))
     if not run_dir.path.exists():
         return run_training(config, progress)
     if run_dir.run_json.is_file():

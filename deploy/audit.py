@@ -7,9 +7,9 @@ import yaml
 
 from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, read_state
+from deploy.run_storage import run_storage
 from distrl.audit import Audit, Contract, audit
 from distrl.errors import RefusedError, RunError
-from learners.checkpoint import checkpoint_sha256
 
 
 def audit_run(path: Path) -> Audit:
@@ -21,11 +21,12 @@ def audit_run(path: Path) -> Audit:
     run_dir = find_run(path)
     if not run_dir.ledger.is_file():
         raise RefusedError(f"{path}: the run must have a ledger to be audited; it ended before it had begun")
+    storage = run_storage(run_dir)
     return audit(
         run_dir.ledger,
         _contract(run_dir),
-        lambda name: _moved(name, run_dir.journal),
-        lambda name: checkpoint_sha256(_moved(name, run_dir.checkpoints)),
+        storage.journal,
+        lambda name: storage.checkpoint(name).sha256(),
     )
 
 
@@ -38,12 +39,8 @@ def _contract(run_dir: RunDir) -> Contract:
             tickets_per_step=train["tickets_per_step"],
             max_staleness=None if train["on_stale"] == "keep" else train["max_staleness"],
             finished=read_state(run_dir) == RunState.FINISHED,
+            drop_abandoned=train.get("abandoned_rollouts") == "drop",  # runs of before have no such key
             redraws=config["limits"]["redraws"] if train["on_stale"] == "redraw" else 0,
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise RunError(f"{run_dir.config}: must be readable, with a section train ({error!r}); restore it") from error
-
-
-def _moved(name: str, folder: Path) -> Path:
-    """Where a file lies that the ledger names: there, or in the run's folder if the run was moved."""
-    return Path(name) if Path(name).exists() else folder / Path(name).name

@@ -116,6 +116,7 @@ def check_run(config: Config) -> RunPlan:
     before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
     _check_actors(config, samples | before)
     check_placement(config, samples)
+    check_transport(config)
     return RunPlan(
         graders,
         scores_reference,
@@ -197,6 +198,43 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
     actors = sum(generation_actors(config, samples).values())
     if p.mode == "shared":
         check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
+
+
+def check_transport(config: Config) -> None:
+    """Refuse a way of new weights that its two ends cannot take.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    way, p = config.generation.transport, config.placement
+    if way == "store":
+        return
+    if config.generation.engine != "vllm":
+        raise ConfigError(
+            f"generation.transport must be store for generation.engine {config.generation.engine}, which has no GPU, "
+            f"got {way}; leave it out, or take the engine vllm"
+        )
+    if config.train.device != "cuda":
+        raise ConfigError(
+            f"generation.transport must be store where train.device is {config.train.device}, got {way}; the bytes go "
+            "from the learner's GPU: leave it out, or set train.device=cuda"
+        )
+    needs = {"nccl": "separate", "ipc": "shared"}[way]
+    if p.mode != needs:
+        why = {
+            "nccl": "a group of NCCL has each process on a GPU of its own",
+            "ipc": "CUDA IPC shares memory of one GPU that both are on at the same time",
+        }[way]
+        raise ConfigError(
+            f"generation.transport {way} needs placement.mode {needs}, got {p.mode}; {why}: set "
+            f"placement.mode={needs}, or leave generation.transport out"
+        )
+    limits = config.limits
+    if not 2 * limits.transport_timeout_s < limits.sync_timeout_s:
+        raise ConfigError(
+            f"limits.transport_timeout_s must be less than half of limits.sync_timeout_s ({limits.sync_timeout_s:g}), "
+            f"got {limits.transport_timeout_s:g}; what is late must have time left to come from the store"
+        )
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:

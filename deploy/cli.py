@@ -94,11 +94,27 @@ def validate(config: ConfigPath, overrides: Overrides = None, allow_unsandboxed:
 
 
 @app.command()
-def resume(run: RunPath) -> None:
+def resume(
+    run: RunPath,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="The storage.uri of a run whose directory is lost.")
+    ] = None,
+) -> None:
     """Go on with a run that was stopped, from its last checkpoint.
+
+    Where the run's directory is lost and the run has a storage.uri, --storage puts it back first, from the newest copy
+    of the ledger there: what was trained after its checkpoint is lost and done again.
 
     Example: distrl resume runs/mine
     """
+    if storage is not None:
+        from deploy.put_back import put_back
+
+        found = put_back(run, storage)
+        typer.echo(
+            f"{run}: put back from the ledger's copy beside {found.checkpoint.path}; {found.lost_files} journal files "
+            "that came later are lost, and their rollouts are sampled again"
+        )
     from deploy.progress import Terminal
     from deploy.run import resumable, resume_training
 

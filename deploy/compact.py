@@ -4,18 +4,22 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from sqlite3 import Row
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from actors.journal import write_file
+from actors.keeper import Keeper
 from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, claim, read_state, release
+from deploy.run_storage import run_storage
 from distrl.errors import RefusedError, RunError
+from distrl.journal_file import read_table
 from distrl.ledger import Ledger
 from distrl.messages import JournalReceipt
+from distrl.storage import Folder, cause
 
 FILE_BYTES = 256 << 20
 """A new file is ended as soon as it has this much."""
@@ -56,8 +60,9 @@ def compact_run(path: Path, *, drop_committed: bool, file_bytes: int = FILE_BYTE
 
 
 def _compact(run_dir: RunDir, ledger: Ledger, drop_committed: bool, file_bytes: int) -> Compacted:
-    before = list(run_dir.journal.iterdir())
-    bytes_before = sum(p.stat().st_size for p in before)
+    storage = run_storage(run_dir)
+    journal = storage.journal
+    before = _reachable(journal)
     tickets = ledger.rows(
         "SELECT t.ticket_id, t.redraw, t.rollouts, t.state, f.path, f.sha256 FROM tickets t"
         " JOIN journal_files f ON f.path = t.journal_file ORDER BY t.ticket_id"
@@ -65,23 +70,33 @@ def _compact(run_dir: RunDir, ledger: Ledger, drop_committed: bool, file_bytes: 
     retired = [t["ticket_id"] for t in tickets if drop_committed and t["state"] == "committed"]
     given_up = set(retired)
     kept = [t for t in tickets if t["ticket_id"] not in given_up]
-    new = dict(_copies(run_dir, kept, f"compact-{ledger.owned_epoch:06d}", file_bytes))
+    new = dict(_copies(journal, kept, f"compact-{ledger.owned_epoch:06d}", file_bytes))
     try:
         ledger.compact_journal(new, retired)
     except BaseException:
         for receipt in new:
-            Path(receipt.path).unlink(missing_ok=True)
+            journal.delete(PurePosixPath(receipt.path).name)
         raise
-    named = {Path(r.path) for r in new}
-    for file in before:
-        if file not in named:
-            file.unlink()
+    # The copies of the ledger name the old files: a run that is put back from one must find the new ones.
+    if (last := ledger.last_checkpoint()) is not None:
+        Keeper(run_dir.ledger, storage.checkpoints, storage.ledgers).copy_ledger(last.path)
+    named = {PurePosixPath(r.path).name for r in new}
+    for name in before:
+        if name not in named:
+            journal.delete(name)
     bytes_after = sum(r.bytes for r in new)
-    return Compacted(len(before), bytes_before, len(new), bytes_after, len(retired))
+    return Compacted(len(before), sum(before.values()), len(new), bytes_after, len(retired))
+
+
+def _reachable(journal: Folder) -> dict[str, int]:
+    try:
+        return journal.files()
+    except OSError as error:
+        raise RunError(f"journal {journal}: cannot be listed: {cause(error)}; nothing was changed") from error
 
 
 def _copies(
-    run_dir: RunDir, tickets: list[Row], prefix: str, file_bytes: int
+    journal: Folder, tickets: list[Row], prefix: str, file_bytes: int
 ) -> Iterator[tuple[JournalReceipt, list[int]]]:
     """New files with the tickets' rollouts, in the order of the old files, each with its tickets."""
     by_file: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -91,27 +106,27 @@ def _copies(
     ids: list[int] = []
     count = 0
     for (name, sha256), wanted in by_file.items():
-        table = _read(run_dir, name, sha256)
+        table = _read(journal, PurePosixPath(name).name, sha256)
         for ticket in wanted:
             batches.append(_rows(table, ticket, name))
             ids.append(ticket["ticket_id"])
         if sum(b.nbytes for b in batches) >= file_bytes:
-            yield _write(run_dir, f"{prefix}-{count:06d}.arrow", batches), ids
+            yield _write(journal, f"{prefix}-{count:06d}.arrow", batches), ids
             batches, ids, count = [], [], count + 1
     if batches:
-        yield _write(run_dir, f"{prefix}-{count:06d}.arrow", batches), ids
+        yield _write(journal, f"{prefix}-{count:06d}.arrow", batches), ids
 
 
-def _read(run_dir: RunDir, name: str, sha256: str) -> pa.Table:
-    path = Path(name) if Path(name).exists() else run_dir.journal / Path(name).name
+def _read(journal: Folder, name: str, sha256: str) -> pa.Table:
+    path = journal / name
     try:
-        data = path.read_bytes()
+        data = journal.read(name)
     except OSError as error:
-        raise RunError(f"journal file {path}: must be readable, the ledger names it: {error.strerror}") from error
+        raise RunError(f"journal file {path}: must be readable, the ledger names it: {cause(error)}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise RunError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
-    return pa.ipc.open_file(data).read_all()
+    return read_table(data, path)
 
 
 def _rows(table: pa.Table, ticket: Row, name: str) -> pa.RecordBatch:
@@ -125,9 +140,9 @@ def _rows(table: pa.Table, ticket: Row, name: str) -> pa.RecordBatch:
     return rows.to_batches()[0]
 
 
-def _write(run_dir: RunDir, name: str, batches: list[pa.RecordBatch]) -> JournalReceipt:
-    path = run_dir.journal / name
+def _write(journal: Folder, name: str, batches: list[pa.RecordBatch]) -> JournalReceipt:
     try:
-        return write_file(path, batches)
+        return write_file(journal, name, batches)
     except OSError as error:
-        raise RunError(f"journal file {path}: cannot be written: {error.strerror}; make room and call again") from error
+        path = journal / name
+        raise RunError(f"journal file {path}: cannot be written: {cause(error)}; make room and call again") from error

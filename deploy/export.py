@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from deploy.checkpoints import local_checkpoint
 from deploy.run_dir import RunDir, find_run, write_json
+from deploy.run_storage import run_storage
 from distrl.errors import RefusedError, RunError
 from learners.checkpoint import TRAINING_FILES, checkpoint_sha256
 
@@ -23,12 +25,17 @@ class Checkpoint:
     """A row of the ledger's table of checkpoints."""
 
     name: str
-    """Of its directory, such as `step-000020`."""
+    """Of its directory, such as `step-000020-v20`: step and policy version."""
     step: int
     version: int
     sha256: str
     accuracy: float | None
     """On held-out problems, of the last evaluation that began at its step; None without one."""
+
+    @property
+    def step_name(self) -> str:
+        """Its name to people: a ledger commits a step once."""
+        return f"step-{self.step:06d}"
 
 
 def export(run: Path, which: str = "last", out: Path | None = None) -> dict[str, Any]:
@@ -36,8 +43,8 @@ def export(run: Path, which: str = "last", out: Path | None = None) -> dict[str,
 
     Args:
         run: the run's directory.
-        which: `last`, `best` (by held-out accuracy) or the name of a checkpoint.
-        out: the directory to make; None is `exports/<checkpoint>` in the run's directory.
+        which: `last`, `best` (by held-out accuracy) or a step such as `step-000020`.
+        out: the directory to make; None is `exports/step-NNNNNN` in the run's directory.
     Returns:
         What `distrl.json` in the directory says, and `path`.
     Raises:
@@ -46,17 +53,17 @@ def export(run: Path, which: str = "last", out: Path | None = None) -> dict[str,
     """
     run_dir = find_run(run)
     found = choose(run_dir, checkpoints(run_dir), which)
-    target = (out if out is not None else run_dir.path / "exports" / found.name).absolute()
+    target = (out if out is not None else run_dir.path / "exports" / found.step_name).absolute()
     if target.exists():
         raise RefusedError(
             f"--out: {target} must not exist yet, export never overwrites anything; choose another directory or delete "
             "it"
         )
-    source = run_dir.checkpoints / found.name
-    _verify(source, found)
-    card = {"format": FORMAT, "run": run_dir.path.name, "checkpoint": found.name, **asdict(found)}
+    card = {"format": FORMAT, "run": run_dir.path.name, "checkpoint": found.step_name, **asdict(found)}
     del card["name"]
-    _copy(source, target, card)
+    with local_checkpoint(run_storage(run_dir), found.name) as source:
+        _verify(source, found)
+        _copy(source, target, card)
     return {**card, "path": str(target)}
 
 
@@ -105,9 +112,9 @@ def choose(run_dir: RunDir, known: list[Checkpoint], which: str) -> Checkpoint:
             )
         return known[max(measured)[1]]
     for one in reversed(known):
-        if one.name == which:
+        if which in (one.step_name, one.name):
             return one
-    names = ", ".join(dict.fromkeys(one.name for one in known))
+    names = ", ".join(dict.fromkeys(one.step_name for one in known))
     raise RefusedError(f"--checkpoint must be last, best or one that the ledger names ({names}), got {which!r}")
 
 

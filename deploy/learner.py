@@ -4,15 +4,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.calls import unwrap
+from deploy.checkpoints import local_checkpoint
+from deploy.offering import OfferingPublisher, Source
 from deploy.publisher import Publisher
 from deploy.remote.located import whereabouts
 from deploy.run_dir import RunDir
+from deploy.run_storage import sending, storage_at
 from distrl.config import Config
 from distrl.errors import DeadlineError, DistrlError, RunError
 from distrl.messages import BatchGrant, LearnerStart, Manifest, PublishAgain, StepReport, TicketGrant, Whereabouts
@@ -43,9 +45,23 @@ class RayLink:
     coordinator's answer ends when the run fails.
     """
 
-    def __init__(self, coordinator: Any, store: Any, timeout_s: float, outage_s: float) -> None:
+    def __init__(
+        self,
+        coordinator: Any,
+        store: Any,
+        timeout_s: float,
+        outage_s: float,
+        source: Callable[[], Source] | None = None,
+    ) -> None:
+        """
+        Args:
+            source: makes what offers published weights beside the store, where something does; called once, by the
+                worker that publishes.
+        """
         self._coordinator = coordinator
         self._publisher = Publisher(store, timeout_s)
+        self._source = source
+        self._offering: OfferingPublisher | None = None
         self._timeout_s = timeout_s
         self._outage_s = outage_s
         self._session = 0
@@ -91,7 +107,12 @@ class RayLink:
         return int(self._get(lambda: self._coordinator.restored.remote(state.step, self._session), "restored"))
 
     def publish(self, manifest: Manifest, tensors: "Mapping[str, Tensor]", *, again: bool = False) -> None:
-        self._publisher.publish(manifest, tensors, whole=again)
+        if self._source is None:
+            self._publisher.publish(manifest, tensors, whole=again)
+        else:
+            if self._offering is None:
+                self._offering = OfferingPublisher(self._publisher, self._source())
+            self._offering.publish(manifest, tensors, again=again)
         self._get(
             lambda: self._coordinator.published.remote(
                 manifest.version, manifest.step, manifest.sha256, manifest.weights
@@ -99,10 +120,19 @@ class RayLink:
             f"published, of {manifest.weights} version {manifest.version},",
         )
 
-    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+    def finish(self) -> None:
+        """Returns when the policy store has everything that was published."""
+        if self._offering is not None:
+            self._offering.finish()
+
+    def close(self) -> None:
+        if self._offering is not None:
+            self._offering.close()
+
+    def commit_checkpoint(self, location: str, state: TrainState, sha256: str) -> None:
         self._get(
             lambda: self._coordinator.commit_checkpoint.remote(
-                str(path), state.step, state.version, sha256, self._session
+                location, state.step, state.version, sha256, self._session
             ),
             "commit_checkpoint",
         )
@@ -139,12 +169,14 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
     from deploy.check import optimizer_settings
 
     t = config.train
+    storage = storage_at(config.storage.uri, run_dir)
     return LoopSettings(
         steps=t.steps,
         temperature=config.rollout.temperature,
         micro_batch_tokens=t.micro_batch_tokens,
         checkpoint_every_steps=t.checkpoint_every_steps,
-        checkpoints=run_dir.checkpoints,
+        checkpoints=storage.checkpoints.local or sending(run_dir),
+        storage=storage.checkpoints if storage.checkpoints.local is None else None,
         optimizer=optimizer_settings(config),
         layout=t.layout,
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
@@ -182,12 +214,31 @@ def worker_main(arguments: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs, also in place of one that died."""
     config: Config = arguments["config"]
     limits = config.limits
-    link = RayLink(arguments["coordinator"], arguments["store"], limits.publish_timeout_s, limits.outage_s)
+    link = RayLink(
+        arguments["coordinator"],
+        arguments["store"],
+        limits.publish_timeout_s,
+        limits.outage_s,
+        None if config.generation.transport == "store" else partial(transfer_source, config),
+    )
     try:
         _learn(config, arguments["run_dir"], link)
+        link.finish()
     except DistrlError as error:
         # Known to be beyond repair. An end without an exception: Ray Train would only start the worker again.
         link.failed(f"{type(error).__name__}: {error}")
+    finally:
+        link.close()
+
+
+def transfer_source(config: Config) -> Source:
+    """What offers this process's weights by `generation.transport`."""
+    from actors.transfer.planes import known_plane
+    from actors.transfer.sender import TransferSource
+
+    host = ray.util.get_node_ip_address()
+    plane = known_plane(config.generation.transport)
+    return TransferSource(plane, host, whereabouts().node, config.limits.transport_timeout_s)
 
 
 def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
@@ -207,7 +258,8 @@ def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     link.sit(start.session)
     resume = None
     if start.checkpoint is not None:
-        resume = trainer.restore(Path(start.checkpoint))
+        with local_checkpoint(storage_at(config.storage.uri, run_dir), start.checkpoint) as directory:
+            resume = trainer.restore(directory)
     elif start.publish:
         resume = TrainState(step=0, version=0)  # the weights that the run began with, under a new version
     train(trainer, loop_settings(config, run_dir), link, world, resume, report, republish=start.publish)

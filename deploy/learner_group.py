@@ -7,6 +7,7 @@ import ray
 
 from deploy.learner import RESOURCE, worker_main
 from deploy.run_dir import RunDir
+from deploy.run_storage import storage_at
 from distrl.config import Config
 from distrl.errors import RunError
 from learners.group import GroupStatus
@@ -53,6 +54,8 @@ class RayTrainGroup:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        # Ray Train keeps its own state where every machine of the run sees it.
+        filesystem, path = (storage_at(self._config.storage.uri, self._run_dir).folder / "ray_train").filesystem
         cuda = self._config.train.device == "cuda"
         again = -1 if self._config.train.max_workers is None else 0
         try:
@@ -68,7 +71,8 @@ class RayTrainGroup:
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
                 run_config=RunConfig(
                     name="learner",
-                    storage_path=str(self._run_dir.path / "ray_train"),
+                    storage_path=path,
+                    storage_filesystem=filesystem,
                     failure_config=FailureConfig(max_failures=again, controller_failure_limit=again),  # type: ignore[call-arg]
                 ),
             )

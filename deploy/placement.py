@@ -17,6 +17,15 @@ from deploy.roles import GENERATION_STAGES, generation_actors
 from distrl.config import Config
 from distrl.errors import ConfigError, DeadlineError, RefusedError
 from distrl.placement import Claim, Node, check_fits
+from distrl.schema import Role
+
+GROUPS = {
+    **dict.fromkeys(GENERATION_STAGES.values(), "distrl_generation"),
+    "grading": "distrl_grading",
+    "environment": "distrl_grading",
+    "reference": "distrl_reference",
+}
+"""By stage: the resource that each of its actors takes one of, where `placement.groups` is set."""
 
 EVEN = 1e-4
 """The smallest share of a GPU that Ray counts."""
@@ -68,6 +77,11 @@ def check_cluster(config: Config, plan: RunPlan) -> None:
                 f"placement.mode={config.placement.mode} must have nodes with one GPU, {several[0].name} has "
                 f"{several[0].gpus:g}; show Ray one of them with CUDA_VISIBLE_DEVICES, or set placement.mode=separate"
             )
+
+
+def group_resources(config: Config, stage: str) -> dict[str, float]:
+    """What an actor of a stage takes so that it goes to the nodes of its group."""
+    return {GROUPS[stage]: 1.0} if config.placement.groups else {}
 
 
 def check_learners(config: Config, plan: RunPlan, counts: Mapping[str, int]) -> None:
@@ -127,7 +141,8 @@ def reserve(config: Config, plan: RunPlan) -> Reservation:
     wanted = claims(config, plan)
     if not wanted:
         return Reservation()
-    group = placement_group([{"GPU": claim.gpus} for claim in wanted], strategy="PACK")
+    place = group_resources(config, GENERATION_STAGES[Role.POLICY])  # learners' nodes have GPUs, too
+    group = placement_group([{"GPU": claim.gpus, **place} for claim in wanted], strategy="PACK")
     if not group.wait(config.limits.start_timeout_s):
         free = ray.available_resources().get("GPU", 0.0)
         remove_placement_group(group)

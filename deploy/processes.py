@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import RunPlan
-from deploy.placement import Reservation
+from deploy.placement import Reservation, group_resources
 from deploy.remote.coordinator import CoordinatorActor
 from deploy.remote.environment import EnvironmentActor
 from deploy.remote.generation import GenerationActor
@@ -18,6 +18,7 @@ from deploy.remote.policy_store import PolicyStoreActor
 from deploy.remote.reference import ReferenceActor
 from deploy.roles import weights_of_stage
 from deploy.run_dir import RunDir
+from deploy.run_storage import storage_at
 from distrl.config import Config
 from distrl.errors import RunError
 from distrl.messages import Whereabouts
@@ -75,13 +76,15 @@ class RayProcesses:
         self._reservation = reservation
         self._run_dir = run_dir
         self._plan = plan
-        self.store = self._make(PolicyStoreActor, {"max_restarts": -1})
+        self.store = self._make(PolicyStoreActor, self._here())
         # Generation holds their handles. One that starts again has no episodes: those that it had are sampled anew.
         count = config.environment.actors if config.environment.name is not None else 0
         self.environments = [
-            self._make(EnvironmentActor, {"max_restarts": -1}, config, os.getcwd()) for _ in range(count)
+            self._make(EnvironmentActor, {"max_restarts": -1, **self._group("environment")}, config, os.getcwd())
+            for _ in range(count)
         ]
-        self.journal = self._make(JournalActor, self._here(), run_dir, config.limits.journal_bytes)
+        journal = storage_at(config.storage.uri, run_dir).journal
+        self.journal = self._make(JournalActor, self._here(), journal, config.limits.journal_bytes)
         self.coordinator = self._make(
             CoordinatorActor,
             self._here(),
@@ -94,9 +97,13 @@ class RayProcesses:
         )
 
     def _here(self) -> dict[str, Any]:
-        """On the driver's node, where the run's directory is."""
+        """On the driver's node, where the run's directory is, and which is not taken away as others may be."""
         node = ray.get_runtime_context().get_node_id()
         return {"max_restarts": -1, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+    def _group(self, stage: str) -> dict[str, Any]:
+        """On the nodes of the stage's group, where there are such."""
+        return {"resources": group_resources(self._config, stage)}
 
     @staticmethod
     def _make(actor: type, options: dict[str, Any], *arguments: Any) -> Any:
@@ -113,7 +120,12 @@ class RayProcesses:
         }
 
     def start(self, stage: str, name: str) -> Any:
-        options = {"max_restarts": 0, "scheduling_strategy": "SPREAD", **self._reservation.options(stage)}
+        options = {
+            "max_restarts": 0,
+            "scheduling_strategy": "SPREAD",
+            **self._group(stage),
+            **self._reservation.options(stage),
+        }
         weights = weights_of_stage(self._config, self._plan.samples, stage)
         if weights is not None:
             return self._make(GenerationActor, options, self._config, name, self.store, weights, self.environments)

@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from actors.calls import unwrap
 from distrl.errors import DeadlineError, LostWeightsError, RunError
 from distrl.manifest import CHUNK_BYTES, cut, lay_out
-from distrl.messages import Manifest
+from distrl.messages import Manifest, Offer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +54,33 @@ class Publisher:
             DeadlineError: it took longer than the deadline. RunError: the store's process is gone for good.
             PolicyError: the store refused it.
         """
+
+        def attempt(again: bool, deadline: float) -> int:
+            return self._attempt(manifest, tensors, whole or again, deadline)
+
+        return self._tried(manifest, attempt)
+
+    def offer(self, manifest: Manifest, offer: Offer) -> None:
+        """Tells the store of a version whose bytes are sent elsewhere; `publish` brings them here, too.
+
+        Raises:
+            DeadlineError, RunError, PolicyError: as `publish`.
+        """
+
+        def attempt(again: bool, deadline: float) -> int:
+            ray.get(self._store.offer.remote(manifest, offer), timeout=max(0.0, deadline - time.monotonic()))
+            return 0
+
+        self._tried(manifest, attempt)
+
+    def _tried(self, manifest: Manifest, attempt: Callable[[bool, float], int]) -> int:
         deadline = time.monotonic() + self._timeout_s
+        again = False
         while True:
             try:
-                return self._attempt(manifest, tensors, whole, deadline)
+                return attempt(again, deadline)
             except (ActorUnavailableError, LostWeightsError):
-                whole = True
+                again = True
                 if time.monotonic() + RESTART_POLL_S > deadline:
                     raise self._late(manifest) from None
                 time.sleep(RESTART_POLL_S)

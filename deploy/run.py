@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from deploy.check import RunPlan, check_run
-from deploy.checkpoints import last_checkpoint
+from deploy.checkpoints import last_checkpoint, remove_unnamed
 from deploy.coordinator_line import CoordinatorLine
 from deploy.learner_group import RayTrainGroup
 from deploy.learner_watch import LearnerWatch, Size
@@ -19,9 +19,11 @@ from deploy.nodes import Nodes
 from deploy.placement import check_learners, reserve
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
+from deploy.put_back import begin_storage, check_unused
 from deploy.roles import generation_counts
 from deploy.run_dir import RunDir, create_run_dir, find_run, write_json
 from deploy.run_state import RunState, claim, read_state, release
+from deploy.seen import check_seen_everywhere
 from deploy.start import log_directory, start_ray
 from deploy.summary import summarize
 from deploy.supervisor import Supervisor
@@ -43,10 +45,13 @@ def run_training(config: Config, progress: Progress | None = None) -> dict[str, 
     plan = check_run(config)
     check_wandb(config)
     check_port(config.metrics)
-    return _run(config, plan, create_run_dir(config), progress or Silent())
+    check_unused(config)
+    run_dir = create_run_dir(config)
+    begin_storage(config, run_dir)
+    return _run(config, plan, run_dir, progress or Silent())
 
 
-def resumable(path: Path) -> tuple[Config, RunDir, Path | None]:
+def resumable(path: Path) -> tuple[Config, RunDir, str | None]:
     """What is needed to go on with a run: its config, its directory, and the checkpoint that its ledger names last.
 
     Raises:
@@ -56,7 +61,7 @@ def resumable(path: Path) -> tuple[Config, RunDir, Path | None]:
     return load_config(run_dir.config), run_dir, checkpoint
 
 
-def unfinished(path: Path) -> tuple[RunDir, Path | None]:
+def unfinished(path: Path) -> tuple[RunDir, str | None]:
     """A run that can be gone on with, and the checkpoint that its ledger names last.
 
     Without a checkpoint it goes on from the weights that it began with, and what was sampled stays.
@@ -93,10 +98,12 @@ def _run(config: Config, plan: RunPlan, run_dir: RunDir, progress: Progress) -> 
     lock = claim(run_dir)
     outcome = RunState.FAILED
     try:
+        remove_unnamed(run_dir)
         with progress, RunMetrics(config, run_dir) as metrics:
             progress.phase("starting Ray")
             own_ray = start_ray()
             try:
+                check_seen_everywhere(config, run_dir)
                 snapshot = _run_actors(config, plan, run_dir, progress, metrics)
             except BaseException:
                 progress.line(f"what the processes of the run wrote: {log_directory()}")

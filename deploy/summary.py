@@ -22,7 +22,8 @@ def summarize(run_dir: RunDir, snapshot: dict[str, Any], state: str, wall_s: flo
         waited for batches; learner_waits_s by the stage that it waited for, the wait for the first batch included;
         generation_held_s, in which generation was idle because the learner had to catch up; max_observed_staleness;
         weight_updates, counted per generation actor, with the milliseconds that sampling paused for one and the bytes
-        that moved to the actors; tickets (issued, trained, dropped by reason).
+        that moved to the actors, and how many came from the store although the learner had offered them; tickets
+        (issued, trained, dropped by reason).
     """
     with sqlite3.connect(run_dir.ledger) as db:
         evaluations = {
@@ -70,6 +71,7 @@ def _weight_updates(loads: list[dict[str, Any]]) -> dict[str, Any]:
         "pause_ms_max": round(max(pauses), 3) if pauses else None,
         # Records of an earlier format have no bytes.
         "moved_bytes": sum(r.get("moved_bytes", 0) for r in loads),
+        "fallbacks": sum(r.get("fallback") is not None for r in loads),
     }
 
 

@@ -1,5 +1,6 @@
 """Sees that every process of a run lives: replaces dead ones, adds and drains members, and counts."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -72,6 +73,7 @@ class Supervisor:
         }
         self._notes: list[tuple[str, str]] = []
         self._proven: set[str] = set()
+        self._restarts: Counter[str] = Counter()
         self._learner_pid: tuple[str, int] | None = None
         self._learner_left = False
         self._counts: dict[str, int] = {}
@@ -85,6 +87,11 @@ class Supervisor:
     @property
     def restarts(self) -> int:
         return self._budget.total
+
+    def restarts_by_stage(self) -> dict[str, int]:
+        """Processes replaced, by stage; 0 for a stage that has lost none."""
+        stages = {"learner", *self._counts, *(p.stage for p in self.processes())}
+        return {stage: self._restarts[stage] for stage in sorted(stages | self._restarts.keys())}
 
     def processes(self) -> list[Process]:
         return [*self._unique.values(), *self._crew.values()]
@@ -125,7 +132,7 @@ class Supervisor:
         Raises:
             RunError: that is one too many.
         """
-        delay_s = self._budget.spend("learner", cause, self._now)
+        delay_s = self._spend("learner", "learner", cause)
         self._note("restarted", f"learner: another group begins in {delay_s:g} s: {cause}")
         self._learner_left = True
         return delay_s
@@ -209,7 +216,7 @@ class Supervisor:
         if where is None or (where.host, where.pid) == self._learner_pid:
             return
         if self._learner_pid is not None and not self._learner_left:
-            self._budget.spend("learner", "its process ended, see the log of Ray Train's controller", self._now)
+            self._spend("learner", "learner", "its process ended, see the log of Ray Train's controller")
             self._note("restarted", f"learner: process {where.pid}")
         self._learner_left = False
         self._learner_pid = (where.host, where.pid)
@@ -249,7 +256,7 @@ class Supervisor:
         process.question, process.heard_s = None, self._now
         if process.slot in self._unique and process.where is not None and process.where != where:
             process.restarts += 1
-            self._budget.spend(process.slot, "its process ended", self._now)
+            self._spend(process.stage, process.slot, "its process ended")
             self._note("restarted", f"{process.name}: process {where.pid} instead of {process.where.pid}")
         process.where = where
         if process.state == State.STARTING:
@@ -290,13 +297,18 @@ class Supervisor:
         return process.slot not in self._unique and process.stage in self._proven
 
     def _replace(self, process: Process, cause: str) -> None:
-        delay_s = self._budget.spend(process.slot, cause, self._now)
+        delay_s = self._spend(process.stage, process.slot, cause)
         self._tell("leave", process.name, cause)
         self._processes.end(process.handle)
         self._note("restarted", f"{process.name} is replaced in {delay_s:g} s: {cause}")
         process.restarts += 1
         process.where = process.question = None
         process.state, process.since_s = State.WAITING, self._now + delay_s
+
+    def _spend(self, stage: str, slot: str, cause: str) -> float:
+        """Counts a restart; see `RestartBudget.spend`."""
+        self._restarts[stage] += 1
+        return self._budget.spend(slot, cause, self._now)
 
     def _start_again(self, process: Process) -> None:
         process.name = f"{process.slot}.{process.restarts}"

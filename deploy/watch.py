@@ -91,7 +91,7 @@ class Watch:
             self._progress.phase("going on" if snapshot["resumed"] else "evaluating the model before training")
         if snapshot["records"]:
             self._seen = snapshot["records"][-1]["number"]
-        self._metrics.update(snapshot)
+        self._metrics.update({**snapshot, "restarts": self._supervisor.restarts_by_stage()})
         self._progress.update(snapshot)
         if warning := self._stall.look(snapshot, now):
             self._progress.line(warning)

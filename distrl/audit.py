@@ -8,16 +8,16 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from sqlite3 import Row
 from typing import Any
 
-import pyarrow as pa
-
 from distrl.audit_tables import Selection, selection
-from distrl.errors import LedgerError
+from distrl.errors import LedgerError, SchemaError
+from distrl.journal_file import read_table
 from distrl.ledger_reader import LedgerReader
-from distrl.staleness import Version, staleness
+from distrl.staleness import Version, staleness, way
+from distrl.storage import Folder, cause
 
 FinalState = frozenset({"committed", "dropped"})
 WITH_ROLLOUTS = ("ready", "trained", "committed")
@@ -35,6 +35,8 @@ class Contract:
     """Whether the run has ended as planned: then every ticket must be committed or dropped."""
     redraws: int = 0
     """How often one ticket may be drawn again with other noise."""
+    drop_abandoned: bool = False
+    """Whether nothing may be trained that weights sampled which were left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,9 @@ class Audit:
     """How often a process has taken the ledger over."""
     journal_files: int
     journal_bytes: int
+    put_back: tuple[Mapping[str, Any], ...]
+    """How often the run went on from a copy of its ledger: the checkpoint that the copy lay with, and the journal files
+    that it did not know. What had happened since is lost: their rollouts were sampled again."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,14 +88,14 @@ class Audit:
 def audit(
     ledger: Path,
     contract: Contract,
-    journal: Callable[[str], Path] = Path,
+    journal: Folder | None = None,
     checkpoint_sha256: Callable[[str], str] | None = None,
 ) -> Audit:
     """Audits a run.
 
     Args:
         ledger: its SQLite file.
-        journal: where a journal file lies that the ledger names; a run may have been moved.
+        journal: folder of the journal files; None takes them from where they were when the ledger named them.
         checkpoint_sha256: the hash of a checkpoint's files, as the ledger has it; raises OSError where they are not
             there. None leaves checkpoints out.
     Raises:
@@ -106,7 +111,7 @@ class _Auditor:
         self,
         reader: LedgerReader,
         contract: Contract,
-        journal: Callable[[str], Path],
+        journal: Folder | None,
         checkpoint_sha256: Callable[[str], str] | None,
     ) -> None:
         self._contract = contract
@@ -167,6 +172,7 @@ class _Auditor:
             epochs=self._reader.epoch(),
             journal_files=len(self._files),
             journal_bytes=sum(f["bytes"] for f in self._files.values()),
+            put_back=tuple(self._put_back()),
         )
 
     # Rules ------------------------------------------------------------------------------------------------------
@@ -286,6 +292,8 @@ class _Auditor:
             age = max(staleness(self._versions, v, parent) for v in sampled_by)
             if age != recorded[ticket_id]:
                 yield f"ticket {ticket_id} was trained with staleness {age}, the ledger says {recorded[ticket_id]}"
+            if self._contract.drop_abandoned and any(way(self._versions, v, parent)[0] for v in sampled_by):
+                yield f"ticket {ticket_id} was trained, weights sampled it that were left before"
             if bound is not None and age > bound:
                 yield f"ticket {ticket_id} was trained with staleness {age}, train.max_staleness is {bound}"
 
@@ -306,18 +314,24 @@ class _Auditor:
             yield from self._check_file(self._files[name], tickets)
 
     def _check_file(self, file: Row, tickets: Iterable[Row]) -> Iterator[str]:
-        path = self._journal(file["path"])
+        name = PurePosixPath(file["path"]).name
+        folder = self._journal or Folder(Path(file["path"]).parent)
+        path = str(folder / name)
         try:
-            data = path.read_bytes()
+            data = folder.read(name)
         except OSError as error:
-            yield f"journal file {path} of tickets {_short(_ids(tickets))} cannot be read: {error.strerror}"
+            yield f"journal file {path} of tickets {_short(_ids(tickets))} cannot be read: {cause(error)}"
             return
         found = hashlib.sha256(data).hexdigest()
         if found != file["sha256"]:
             yield f"journal file {path} must have sha256 {file['sha256']}, got {found}; it was damaged"
             return
         columns = ["ticket_id", "redraw", "prompt_id", "reward", "policy_versions"]
-        table = pa.ipc.open_file(data).read_all().select(columns)
+        try:
+            table = read_table(data, path).select(columns)
+        except SchemaError as error:
+            yield str(error)
+            return
         rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for row in table.to_pylist():
             rows[row["ticket_id"]].append(row)
@@ -325,7 +339,7 @@ class _Auditor:
             own = [r for r in rows[ticket["ticket_id"]] if r["redraw"] == ticket["redraw"]]
             yield from self._check_rows(path, ticket, own)
 
-    def _check_rows(self, path: Path, ticket: Row, rows: list[dict[str, Any]]) -> Iterator[str]:
+    def _check_rows(self, path: str, ticket: Row, rows: list[dict[str, Any]]) -> Iterator[str]:
         where = f"journal file {path}: ticket {ticket['ticket_id']}"
         if len(rows) != ticket["rollouts"]:
             yield f"{where} must have {ticket['rollouts']} rollouts of redraw {ticket['redraw']}, got {len(rows)}"
@@ -347,12 +361,17 @@ class _Auditor:
             try:
                 found = self._checkpoint_sha256(row["path"])
             except OSError as error:
-                yield f"checkpoint {row['path']} cannot be read: {error.strerror}"
+                yield f"checkpoint {row['path']} cannot be read: {cause(error)}"
             else:
                 if found != row["sha256"]:
                     yield f"checkpoint {row['path']} must have sha256 {row['sha256']}, got {found}; it was damaged"
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _put_back(self) -> Iterator[Mapping[str, Any]]:
+        if self._reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'put_back'"):  # younger than the first ledgers
+            for row in self._reader.rows("SELECT checkpoint, lost_files FROM put_back ORDER BY rowid"):
+                yield dict(row)
 
     def _live_branch(self) -> list[int]:
         """Versions on the way to the newest weights that count: those that trained tickets, or the last checkpoint."""

@@ -18,6 +18,7 @@ from distrl.masking import MASK, mask, masked_keys
 from distrl.sampling import SamplingParams, UpdateMode
 from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
+from distrl.storage_config import StorageConfig
 from distrl.tasks.config import DataConfig
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
@@ -91,6 +92,10 @@ class GenerationConfig(_Section):
     """Processes that share one actor's model, each on a GPU of its own; only `vllm` has more than 1."""
     engine_args: Mapping[str, Any] = {}
     """Further engine arguments of vLLM, such as `max_model_len`; unknown ones are refused, and all by other engines."""
+    transport: Literal["store", "nccl", "ipc"] = "store"
+    """The way of new weights to generation actors. `store`: Ray's object store; `nccl` and `ipc`: from GPU to GPU by
+    vLLM's transfer engines, NCCL between GPUs and CUDA IPC on a shared one; what does not come that way comes from the
+    store."""
     actors: int = Field(1, ge=1)
     """Generation actors."""
     evaluation_actors: int = Field(0, ge=0)
@@ -116,6 +121,10 @@ class PlacementConfig(_Section):
     memory back while the learner trains."""
     generation_share: float = Field(0.5, gt=0, le=1)
     """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
+    groups: bool = False
+    """Whether generation, grading with environments, and reference actors each take one of Ray's resources
+    `distrl_generation`, `distrl_grading` and `distrl_reference`, and so go to the nodes that have them, as the pods of
+    `distrl k8s render` do. Learners take `distrl_learner` anyway."""
 
 
 class GradingConfig(_Section):
@@ -178,8 +187,8 @@ class PreferenceConfig(_Section):
     """How responses are compared, for objectives that read preferences."""
 
     function: str | None = None
-    """`reward_difference`, a judge (`preference_model`, `judge`), or `module:function` of the form (first, second,
-    answer, metadata) -> P(first beats second)."""
+    """`reward_difference`, a judge (`preference_model`, `judge`, `served_judge`), or `module:function` of the form
+    (first, second, answer, metadata) -> P(first beats second)."""
     options: dict[str, Any] = {}
     """Arguments of the judge or of the function."""
     parallel: int = Field(4, ge=1)
@@ -236,6 +245,9 @@ class TrainConfig(_Section):
     on_stale: Literal["wait", "redraw", "keep"] = "wait"
     """`wait`: a step waits for a ticket that would become too old; `redraw`: it is aborted and drawn again with the
     next seed, at most `limits.redraws` times; `keep`: it is trained whenever it comes."""
+    abandoned_rollouts: Literal["train", "drop"] = "train"
+    """What becomes of rollouts of weights that were left when the learner went back to a checkpoint. `train`: they are
+    trained within `train.max_staleness` as off-policy data, and counted; `drop`: their tickets are sampled again."""
     learning_rate: float = Field(1e-4, gt=0)
     """AdamW's learning rate after the warm-up."""
     lr_schedule: Literal[
@@ -309,6 +321,9 @@ class LimitsConfig(_Section):
     """Seconds until all actors must be up; the learner's own processes are started and bounded by Ray Train."""
     sync_timeout_s: float = Field(120.0, gt=0)
     """Seconds that one attempt of a generation actor to load a published version may take."""
+    transport_timeout_s: float = Field(30.0, gt=0)
+    """Seconds that a version may take by `generation.transport` where that is not `store`, and then that its bytes may
+    take to be in the store; less than half of `limits.sync_timeout_s`."""
     publish_timeout_s: float = Field(120.0, gt=0)
     """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
@@ -342,6 +357,7 @@ class Config(_Section):
     format: Literal[1] = 1
     """Version of the config's format."""
     run: RunConfig = RunConfig()
+    storage: StorageConfig = StorageConfig()
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 JUDGES: Mapping[str, str] = {
     "preference_model": "distrl.graders.preference:RewardModelJudge",
     "judge": "distrl.graders.endpoint:Endpoint",
+    "served_judge": "distrl.graders.served:ServedModel",
 }
-"""The judges of the graders of the same names: a reward model, and a chat model behind an endpoint."""
+"""The judges of the graders of the same names: a reward model, a chat model behind an endpoint, and one that is served
+beside the grading actor."""
 
 
 class Judge(Protocol):

@@ -390,6 +390,11 @@ class Ledger(LedgerReader):
             self._db.execute(f"DELETE FROM journal_files WHERE {unused}")
         return forgotten
 
+    def note_put_back(self, checkpoint: str, lost_files: int) -> None:
+        """This file is the copy that lay with a checkpoint; `lost_files` journal files are younger than it."""
+        with self._transaction():
+            self._db.execute("INSERT INTO put_back VALUES (?, ?, ?)", (checkpoint, lost_files, self._clock()))
+
     def remove_checkpoints(self, keep: int) -> list[Checkpoint]:
         """Gives up all checkpoints but the newest `keep` and the best, the caller may delete them.
 

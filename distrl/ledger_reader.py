@@ -39,6 +39,10 @@ class LedgerReader:
         self._lock_s = lock_s
         self._db = open_to_read(path, lock_s)
 
+    def begun(self) -> bool:
+        """Whether it has its tables; a file whose maker was killed at once has none, and is a run's all the same."""
+        return bool(self.rows("SELECT 1 FROM sqlite_master WHERE name = 'meta'"))
+
     def close(self) -> None:
         self._db.close()
 

@@ -46,6 +46,8 @@ CREATE TABLE IF NOT EXISTS waits (
     ticket_id INTEGER NOT NULL REFERENCES tickets(ticket_id), step INTEGER NOT NULL, waited_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS retired (
     ticket_id INTEGER PRIMARY KEY REFERENCES tickets(ticket_id), retired_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS put_back (
+    checkpoint TEXT NOT NULL, lost_files INTEGER NOT NULL, put_back_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluations (
     evaluation INTEGER PRIMARY KEY, name TEXT NOT NULL, step INTEGER NOT NULL,
     oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL,
@@ -72,8 +74,9 @@ def open_to_write(path: Path | None, lock_s: float) -> sqlite3.Connection:
             # NORMAL survives the death of any process; only the loss of the machine can lose the last transactions.
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute("PRAGMA foreign_keys=ON")
-            db.executescript(TABLES)
-            db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
+            # All at once: who is killed here leaves an empty file, and who reads finds all tables or none.
+            meta = f"INSERT OR IGNORE INTO meta VALUES ('format', '{FORMAT}');"
+            db.executescript(f"BEGIN IMMEDIATE; {TABLES} {meta} COMMIT;")
     except BaseException:
         db.close()
         raise

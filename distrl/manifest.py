@@ -28,7 +28,7 @@ def describe(tensors: Mapping[str, Tensor], *, version: int, step: int, weights:
     """
     entries = []
     for name, tensor in tensors.items():
-        data = _bytes(tensor)
+        data = tensor_bytes(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest = hashlib.sha256(data.data).hexdigest()
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), data.nbytes, digest))
@@ -56,7 +56,7 @@ def cut(tensors: Mapping[str, Tensor], layout: Layout) -> Iterator[Chunk]:
     size = 0
     parts: list[Chunk] = []
     for name, spans in layout.items():
-        data, start = _bytes(tensors[name]), 0
+        data, start = tensor_bytes(tensors[name]), 0
         for span in spans:
             if span.offset == 0 and size:
                 yield np.concatenate(parts)
@@ -109,7 +109,7 @@ def _unpack_one(manifest: Manifest, entry: TensorEntry, layout: Layout, chunks: 
     return flat.reshape(entry.shape)
 
 
-def _bytes(tensor: Tensor) -> Chunk:
+def tensor_bytes(tensor: Tensor) -> Chunk:
     """The bytes of a tensor; shares its memory where it lies contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 

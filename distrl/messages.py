@@ -1,7 +1,7 @@
 """What actors and learners tell each other beside record batches: small, picklable, frozen."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +109,10 @@ class LoadReceipt:
     moved_bytes: int = 0
     """Bytes of the tensors that were fetched; those that the actor had already did not move."""
     moved_tensors: int = 0
+    transport: str = "store"
+    """The way that the bytes came."""
+    fallback: str | None = None
+    """Why it was not the one that the learner offered."""
 
 
 Content = tuple[str, tuple[int, ...], str]
@@ -158,6 +162,21 @@ Layout = Mapping[str, tuple[Span, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """Where the learner sends the bytes of a version from, beside the policy store."""
+
+    transport: str
+    host: str
+    port: int
+    key: bytes = field(repr=False)
+    """Shared secret of both sides."""
+    node: str
+    """Ray's id of the machine."""
+    pid: int
+    """Of the learner's process."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """What the policy store answers an actor that pulls a version: the tensors that it does not have yet."""
 
@@ -166,6 +185,8 @@ class Delivery:
     """Of the tensors that must move; the others are what the actor said it had."""
     chunks: tuple[object, ...]
     """References to the chunks that `layout` counts."""
+    offer: Offer | None = None
+    """Where all of them can be had instead; `layout` is empty then."""
 
 
 @dataclass(frozen=True, slots=True)

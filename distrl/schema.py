@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from distrl.errors import SchemaError
 
-FORMAT = 1
-"""Version of the schemas; a reader refuses a newer one."""
+FORMAT = 2
+"""Version of the schemas, which journal files carry; one more with every column that is added, renamed or changed. A
+reader refuses any other."""
 
 
 class Stage(StrEnum):

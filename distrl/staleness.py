@@ -28,6 +28,15 @@ def staleness(versions: Mapping[int, Version], oldest: int, current: int) -> int
     Raises:
         LedgerError: a version that the ledger does not know, or two versions without a common ancestor.
     """
+    return sum(way(versions, oldest, current))
+
+
+def way(versions: Mapping[int, Version], oldest: int, current: int) -> tuple[int, int]:
+    """Optimizer steps from a version up to its common ancestor with another, and from there down to the other.
+
+    Steps up are steps that were taken and left: the version is of a branch that was abandoned. Errors are those of
+    `staleness`.
+    """
     low, high = oldest, current
     while low != high:
         # Of two versions the one with more steps is no ancestor of the other; of two with equal steps, republished
@@ -37,7 +46,7 @@ def staleness(versions: Mapping[int, Version], oldest: int, current: int) -> int
         else:
             high = _parent(versions, high, oldest, current)
     common = _get(versions, high).step
-    return (versions[oldest].step - common) + (versions[current].step - common)
+    return versions[oldest].step - common, versions[current].step - common
 
 
 def most_stale(versions: Mapping[int, Version], sampled_by: Iterable[int], current: int) -> int:

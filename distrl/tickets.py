@@ -72,6 +72,8 @@ class ReturnCause(StrEnum):
     """It was being sampled or graded when the process that followed it ended."""
     ROLLBACK = "rollback"
     """Its step was not part of a checkpoint when the learner ended."""
+    ABANDONED = "abandoned"
+    """Weights sampled it that were left by a roll-back, and `train.abandoned_rollouts` is `drop`."""
     TOO_STALE = "too_stale"
     """It could not be trained within `train.max_staleness` any more."""
     REDRAWN = "redrawn"

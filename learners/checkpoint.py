@@ -4,9 +4,7 @@ The training state is sharded as the workers are and loads into any number of th
 copied in the training loop and written in a thread.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distrl.errors import RunError
+from distrl.storage import Folder, cause, combined, file_digest, sync
 from learners.gathering import whole_tensors
 from learners.world import World, another_is_gone
 
@@ -57,7 +56,8 @@ class TrainState:
 class Written:
     """A checkpoint that is complete on disk."""
 
-    directory: Path
+    location: str
+    """Its directory, or its address in the storage."""
     state: TrainState
     sha256: str
     """Over all files' names and bytes."""
@@ -68,10 +68,12 @@ class CheckpointWriter:
 
     Args:
         save_tokenizer: writes the tokenizer's files into the directory that it gets.
+        storage: where checkpoints are sent from the directory that they are written in; None leaves them there.
     """
 
-    def __init__(self, world: World, save_tokenizer: Callable[[Path], object]) -> None:
+    def __init__(self, world: World, save_tokenizer: Callable[[Path], object], storage: Folder | None = None) -> None:
         self._world = world
+        self._storage = storage
         self._save_tokenizer = save_tokenizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[Written | None]] | None = None
@@ -95,8 +97,11 @@ class CheckpointWriter:
             trained: the module that `optimizer` was made for.
             anchors: of the models that follow the policy.
         """
-        aside = _aside(directory)
-        self._world.from_first(lambda: _make_empty(aside))
+        aside = self._aside(directory)
+        if self._storage is None:
+            self._world.from_first(lambda: _make_empty(aside))
+        else:
+            _make_empty(aside)
         weights, options = get_state_dict(trained, optimizer, options=_OPTIONS)
         sharded = _copy({"weights": weights, "optimizer": options, **_kept(anchors)})
         whole = _copy(whole_tensors(model, self._world.first))
@@ -119,9 +124,13 @@ class CheckpointWriter:
                 raise  # no fault of the disk: the group is started again
             if self._world.first:
                 # A full disk needs the room back; what cannot be removed goes before the next attempt.
-                shutil.rmtree(_aside(directory), ignore_errors=True)
+                shutil.rmtree(self._aside(directory), ignore_errors=True)
+            where, remedy = str(directory), "make room"
+            if self._storage is not None:
+                where = str(self._storage / directory.name)
+                remedy = "make room here, and see that storage.uri can be reached and written to"
             raise RunError(
-                f"checkpoint {directory}: cannot be written: {_cause(error)}; make room, then go on with distrl resume"
+                f"checkpoint {where}: cannot be written: {_cause(error)}; {remedy}, then go on with distrl resume"
             ) from error
 
     def _write(
@@ -139,21 +148,58 @@ class CheckpointWriter:
             process_group=self._world.files,
             no_dist=self._world.size == 1,
         )
+        if self._world.first:
+            self._write_model(aside, model, whole, state)
+        if self._storage is not None:
+            return self._send(self._storage / directory.name, aside, state)
         if not self._world.first:
             return None
+        digest = checkpoint_sha256(aside)
+        for path in _files(aside):
+            sync(path)
+        for path in (aside / TRAINING, aside):
+            sync(path)
+        directory = _unused(directory)
+        aside.rename(directory)
+        sync(directory.parent)  # the new name must survive a crash too
+        return Written(str(directory), state, digest)
+
+    def _write_model(self, aside: Path, model: Any, whole: Mapping[str, Tensor], state: TrainState) -> None:
         model.save_pretrained(aside, state_dict=dict(whole))
         self._save_tokenizer(aside)
         (aside / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-        digest = checkpoint_sha256(aside)
-        for path in _files(aside):
-            _sync(path)
-        for path in (aside / TRAINING, aside):
-            _sync(path)
-        if directory.exists():
-            shutil.rmtree(directory)  # left by a crash before the ledger named it
-        aside.rename(directory)
-        _sync(directory.parent)  # the new name must survive a crash too
-        return Written(directory, state, digest)
+
+    def _send(self, folder: Folder, aside: Path, state: TrainState) -> Written | None:
+        """Every worker sends what it wrote. It is no checkpoint before the ledger names it, however far this came."""
+        own = {}
+        failure: BaseException | None = None
+        try:
+            for path in _files(aside):
+                name = path.relative_to(aside).as_posix()
+                own[name] = file_digest(path)
+                folder.write_file(name, path)
+            shutil.rmtree(aside)
+        except OSError as error:
+            failure = error
+        # Also where it failed: the others wait here.
+        everyone = self._world.gather_files((own, None if failure is None else cause(failure)))  # type: ignore[arg-type]
+        if failure is not None:
+            raise failure
+        for _, failed in everyone:
+            if failed is not None:
+                raise OSError(f"another worker failed: {failed}")
+        digests = {name: digest for part, _ in everyone for name, digest in part.items()}
+        return Written(str(folder), state, combined(digests)) if self._world.first else None
+
+    def _aside(self, directory: Path) -> Path:
+        # Workers on several machines write side by side, and each sends its own part.
+        rank = "" if self._storage is None else f".{self._world.rank}"
+        return directory.with_name(f"{directory.name}{rank}.partial")
+
+
+def checkpoint_name(state: TrainState) -> str:
+    """Of a checkpoint's directory. Version numbers are never used twice, so that no learner writes over another's."""
+    return f"step-{state.step:06d}-v{state.version}"
 
 
 def load_checkpoint(
@@ -209,28 +255,28 @@ def load_checkpoint(
 
 def checkpoint_sha256(directory: Path) -> str:
     """Hash over the names, with their folders, and the bytes of a checkpoint's files."""
-    digest = hashlib.sha256()
-    for path in _files(directory):
-        digest.update(path.relative_to(directory).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return combined({path.relative_to(directory).as_posix(): file_digest(path) for path in _files(directory)})
 
 
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _aside(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".partial")
+def _unused(directory: Path) -> Path:
+    """What has the name already may be named by another ledger, of a run whose directory was put back from a copy."""
+    number, found = 1, directory
+    while found.exists():
+        number += 1
+        found = directory.with_name(f"{directory.name}.{number}")
+    return found
 
 
 def _cause(error: BaseException) -> str:
     """What the disk said, without the tracebacks of all workers that torch.distributed.checkpoint puts around it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError):
+        return cause(error)
     return f"{type(error).__name__}: {error}"
 
 
@@ -247,14 +293,6 @@ def _copy(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return [_copy(value) for value in state]
     return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _kept(anchors: Anchored | None) -> dict[str, Anchored]:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -41,7 +40,7 @@ class RunLink(Protocol):
         """
         ...
 
-    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+    def commit_checkpoint(self, location: str, state: TrainState, sha256: str) -> None:
         """A checkpoint is complete; its tickets are committed with it."""
         ...
 
@@ -138,4 +137,4 @@ def _publish_opponents(
 
 def _commit(link: RunLink, world: World, written: Written | None) -> None:
     if world.first and written is not None:
-        link.commit_checkpoint(written.directory, written.state, written.sha256)
+        link.commit_checkpoint(written.location, written.state, written.sha256)

@@ -15,10 +15,11 @@ from distrl.objectives import Batch, LossOutput, Plan, Recipe, Totals, evaluate,
 from distrl.objectives.batch import tensor_name
 from distrl.policy_model import Layout, PolicyModel
 from distrl.schema import Role
+from distrl.storage import Folder
 from distrl.tickets import weights_of
 from learners.anchors import Anchors
 from learners.batches import Budget, TrainingBatch, split, training_batch
-from learners.checkpoint import CheckpointWriter, TrainState, Written, load_checkpoint
+from learners.checkpoint import CheckpointWriter, TrainState, Written, checkpoint_name, load_checkpoint
 from learners.gathering import whole_adapters, whole_tensors
 from learners.logp_check import LogpCheck, LogpCheckSettings
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
@@ -40,12 +41,15 @@ class LoopSettings:
     micro_batch_tokens: int
     checkpoint_every_steps: int
     checkpoints: Path
+    """Directory where they are made."""
     optimizer: OptimizerSettings
     logp_check: LogpCheckSettings
     layout: Layout = "bucketed"
     parallel: ParallelSettings = ParallelSettings()  # noqa: RUF009  (frozen)
     skipped_in_a_row: int = 3
     publish: Publish = "merged"
+    storage: Folder | None = None
+    """Where checkpoints are sent from there; None leaves them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class Trainer:
         self._module = parallelize(self.policy, self._world, settings.parallel)
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
         self.anchors = Anchors(self.policy, recipe.upkeep, self.optimizer)
-        self._writer = CheckpointWriter(self._world, tokenizer.save_pretrained)
+        self._writer = CheckpointWriter(self._world, tokenizer.save_pretrained, settings.storage)
         self._check = LogpCheck(self.policy, settings.logp_check)
         self._skipped = 0
 
@@ -259,7 +263,7 @@ class Trainer:
 
     def begin_checkpoint(self, state: TrainState) -> None:
         """Starts to write a checkpoint; see `CheckpointWriter.begin`."""
-        directory = self._settings.checkpoints / f"step-{state.step:06d}"
+        directory = self._settings.checkpoints / checkpoint_name(state)
         self._writer.begin(directory, self._model, self.policy, self.optimizer, state, self.anchors.tensors())
 
     def finished_checkpoint(self, wait: bool = False) -> Written | None:

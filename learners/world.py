@@ -75,6 +75,14 @@ class World:
         distributed.all_gather_object(found, value, group=self.control)
         return found
 
+    def gather_files(self, value: T) -> Sequence[T]:
+        """As `gather`, from the thread that writes checkpoints."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value, group=self.files)
+        return found
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Adds up a CPU tensor over all workers, in place."""
         if self.size > 1:

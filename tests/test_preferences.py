@@ -78,8 +78,8 @@ def test_the_difference_of_rewards_is_the_model_of_bradley_and_terry() -> None:
 
 def test_a_name_without_a_module_is_refused() -> None:
     assert refusal(ConfigError, lambda: make_comparison(PreferenceConfig(function="longer"))) == (
-        "preference.function must be reward_difference, preference_model, judge or module:function, got 'longer'; "
-        "name the function"
+        "preference.function must be reward_difference, preference_model, judge, served_judge or module:function, got "
+        "'longer'; name the function"
     )
     found = make_comparison(PreferenceConfig(function="tests.test_preferences:longer"))
     assert found.compare(PROBLEM, FIRST, SECOND).probability == pytest.approx(0.8)

@@ -47,7 +47,7 @@ def shared_weights(version: int, tensors: Mapping[str, Tensor]) -> Iterator[tupl
     os.close(handle)
     path = Path(name)
     try:
-        placed = _write(path, tensors)
+        placed = write_weights(path, tensors)
         _check_written(version, path, placed, tensors)
         yield path, placed
     finally:
@@ -85,7 +85,8 @@ def _flat(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> list[Placed]:
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> list[Placed]:
+    """Writes tensors one after the other; what they must lie at to be mapped."""
     placed: list[Placed] = []
     with path.open("wb") as file:
         for name, tensor in tensors.items():

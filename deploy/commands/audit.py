@@ -50,6 +50,11 @@ def _lines(found: "Audit") -> Iterator[str]:
         yield "    ticket {ticket_id} was {state}, issued again: {cause}".format(**ticket)
     if len(found.reissued) > SHOWN:
         yield f"    and {len(found.reissued) - SHOWN} more"
+    for copy in found.put_back:
+        yield (
+            f"put back     from the ledger's copy beside {copy['checkpoint']}; what came after is lost, "
+            f"{copy['lost_files']} journal files among it, and was sampled again"
+        )
     yield f"journal      {found.journal_files} files, {found.journal_bytes} bytes"
     for title, shares in (
         ("by tokens per response", found.selection.by_length),

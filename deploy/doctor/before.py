@@ -16,6 +16,7 @@ from deploy.check import RunPlan, check_graders, check_run
 from deploy.metrics.endpoint import check_port
 from distrl.config import Config
 from distrl.errors import DistrlError
+from distrl.storage import Folder, cause
 
 Verdict = Literal["ok", "warning", "bad"]
 GIB = 1 << 30
@@ -51,6 +52,7 @@ def examine(config: Config) -> list[Finding]:
         ("gpus", lambda: _gpus(config, plan[0] if plan else None)),
         ("memory", lambda: _memory(config, scores_reference=not plan or plan[0].scores_reference)),
         ("disk", lambda: _disk(config)),
+        ("storage", lambda: _storage(config)),
         ("port", lambda: _port(config)),
         ("grader", lambda: _grader(config)),
     ]
@@ -201,6 +203,20 @@ def _memory_here() -> int:
         if text.isdigit():
             free = min(free, int(text))
     return free
+
+
+def _storage(config: Config) -> Finding:
+    """Writes a file and deletes it again."""
+    if config.storage.uri is None:
+        return Finding("storage", "ok", "journal and checkpoints lie in the run's directory")
+    folder, name = Folder(config.storage.uri), f".distrl-doctor-{os.getpid()}"
+    try:
+        folder.make()
+        folder.write(name, b"distrl doctor")
+        folder.delete(name)
+    except OSError as error:
+        return Finding("storage", "bad", f"storage.uri: {folder} must be writable: {cause(error)}; mend it")
+    return Finding("storage", "ok", f"{folder} can be written to")
 
 
 def _disk(config: Config) -> Finding:

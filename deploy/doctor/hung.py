@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.doctor.processes import Process, of_stage, stack
+from deploy.doctor.processes import Process, of_run, stack
 from deploy.live import STALE_S, read_live
 from deploy.run_dir import RunDir
-from deploy.run_state import RunState, driver_pid, read_state
+from deploy.run_state import RunState, read_state
 from deploy.stall import where
 
 REMEDIES = {
@@ -40,6 +40,7 @@ class Diagnosis:
             names = ", ".join(f"{p.pid} ({p.title})" for p, _ in self.processes)
             told.append(f"guilty  {self.stage}: {names or 'no process of it on this machine'}")
         for process, text in self.processes:
+            told += [f"note    {process.pid}: {process.odd}"] if process.odd else []
             told += [f"stack of {process.pid}:", *(f"    {line}" for line in text.rstrip().splitlines())]
         return [*told, f"do      {self.remedy}"]
 
@@ -64,7 +65,7 @@ def diagnose(run_dir: RunDir, now_s: float | None = None) -> Diagnosis:
         stage, waits = "coordinator", f"the driver has waited for the coordinator for {silent:.0f} s"
     else:
         stage, waits = guilty(live), f"{where(live)}; nothing has moved for {now_s - live['progress_s']:.0f} s"
-    found = of_stage(stage, driver_pid(run_dir))
+    found = of_run(run_dir, stage)
     return Diagnosis(state, waits, stage, tuple((p, stack(p.pid)) for p in found), REMEDIES[stage])
 
 

@@ -1,11 +1,16 @@
 """Finds a run's processes on this machine, and what they are doing."""
 
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from deploy.process_table import read_processes
+from deploy.run_dir import RunDir
+from deploy.run_state import driver_pid
 
 CLASSES = {
     "generation": "GenerationActor",
@@ -23,6 +28,20 @@ class Process:
     pid: int
     parent: int
     title: str
+    state: str = "S"
+    """As the kernel has it: R runs, S sleeps, D waits for a device, T is stopped, Z has ended."""
+
+    @property
+    def odd(self) -> str:
+        """What is not as it should be with a process in this state, and what to do; empty where nothing is."""
+        match self.state:
+            case "T" | "t":
+                return f"it is stopped, by SIGSTOP or a debugger: kill -CONT {self.pid} lets it go on"
+            case "D":
+                return "it waits for a device: look at the disk or network file system that its stack names"
+            case "Z":
+                return "it has ended, and its parent has not noticed"
+        return ""
 
 
 def processes() -> Iterator[Process]:
@@ -32,10 +51,20 @@ def processes() -> Iterator[Process]:
             continue
         try:
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue  # it has just ended
-        yield Process(int(folder.name), parent, title)
+        yield Process(int(folder.name), int(parent), title, state)
+
+
+def of_run(run_dir: RunDir, stage: str) -> list[Process]:
+    """The processes of a stage on this machine, whether the driver started their Ray or somebody else did."""
+    here = socket.gethostname()
+    named = {r["pid"] for r in read_processes(run_dir) if r["stage"] == stage and r.get("host") == here}
+    # Of a learner the table has the first worker only.
+    descended = of_stage(stage, driver_pid(run_dir))
+    found = {p.pid: p for p in processes() if p.pid in named and p.title.startswith("ray::")}
+    return list((found | {p.pid: p for p in descended}).values())
 
 
 def of_stage(stage: str, driver: int) -> list[Process]:

@@ -6,7 +6,7 @@ import yaml
 
 from deploy.k8s.network import network_policies
 from deploy.k8s.pods import COMPONENT, CONTAINER_SECURITY, INSTANCE, NAME, RUN_FOLDER, labels, ray_pod, submitter_pod
-from deploy.k8s.values import RAY_VERSION, GroupValues, KubernetesValues, run_name
+from deploy.k8s.values import RAY_VERSION, GroupValues, KubernetesValues, processes, run_name
 from distrl.config import Config, make_config
 from distrl.masking import mask
 
@@ -37,7 +37,12 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
     place = {"namespace": values.namespace}
     placed = make_config(
         config.model_dump(mode="json"),
-        [f"run.dir={RUN_FOLDER}", "metrics.host=0.0.0.0", f"metrics.port={values.metrics_port}"],
+        [
+            f"run.dir={RUN_FOLDER}",
+            "metrics.host=0.0.0.0",
+            f"metrics.port={values.metrics_port}",
+            "placement.groups=true",
+        ],
     )
     objects: list[Json] = [
         {
@@ -71,7 +76,7 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
     budgets |= {name: max(1, groups[name].replicas - 1) for name in ("generation", "grading", "reference")}
     objects += [_budget(run, component, least, values) for component, least in budgets.items()]
     objects.append(_pod_monitor(run, values))
-    objects.append(_ray_job(run, groups, values, autoscaled=autoscaled))
+    objects.append(_ray_job(run, groups, values, config, autoscaled=autoscaled))
     return objects
 
 
@@ -130,7 +135,9 @@ def _pod_monitor(run: str, values: KubernetesValues) -> Json:
     }
 
 
-def _ray_job(run: str, groups: dict[str, GroupValues], values: KubernetesValues, *, autoscaled: bool) -> Json:
+def _ray_job(
+    run: str, groups: dict[str, GroupValues], values: KubernetesValues, config: Config, *, autoscaled: bool
+) -> Json:
     cluster: Json = {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token", "secretName": values.auth_secret},
@@ -139,7 +146,9 @@ def _ray_job(run: str, groups: dict[str, GroupValues], values: KubernetesValues,
             "rayStartParams": {"dashboard-host": "0.0.0.0"},
             "template": ray_pod(run, "head", values.head, values, autoscaled=autoscaled),
         },
-        "workerGroupSpecs": [_worker_group(run, name, group, values) for name, group in groups.items()],
+        "workerGroupSpecs": [
+            _worker_group(run, name, group, values, processes(name, config)) for name, group in groups.items()
+        ],
     }
     if autoscaled:
         cluster["enableInTreeAutoscaling"] = True
@@ -168,12 +177,15 @@ def _ray_job(run: str, groups: dict[str, GroupValues], values: KubernetesValues,
     }
 
 
-def _worker_group(run: str, name: str, group: GroupValues, values: KubernetesValues) -> Json:
-    amounts: Json = {"CPU": str(group.cpu)}
+def _worker_group(run: str, name: str, group: GroupValues, values: KubernetesValues, count: int) -> Json:
+    """
+    Args:
+        count: processes of the config that the group's least number of pods must hold; each takes one of the group's
+            resource, so that one more of them has the autoscaler add a pod.
+    """
+    amounts: Json = {"CPU": str(group.cpu), f"distrl_{name}": str(-(-count // group.replicas))}
     if group.gpus:
         amounts["GPU"] = str(group.gpus)
-    if name == "learner":
-        amounts["distrl_learner"] = str(group.gpus or 1)
     return {
         "groupName": name,
         "replicas": group.replicas,

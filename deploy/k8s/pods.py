@@ -8,6 +8,8 @@ Json = dict[str, Any]
 CONFIG_FOLDER = "/etc/distrl"
 RUN_FOLDER = "/run/distrl"
 SHARED_FOLDER = "/shared"
+HOME_FOLDER = "/home/distrl"
+"""Not /home/ray: Python lies there in Ray's images, and a volume would hide it."""
 NAME, INSTANCE, COMPONENT = (f"app.kubernetes.io/{word}" for word in ("name", "instance", "component"))
 
 CONTAINER_SECURITY: Json = {
@@ -94,7 +96,7 @@ def _ray_container(head: bool, group: GroupValues, values: KubernetesValues) -> 
     mounts: list[Json] = [
         {"name": "ray-logs", "mountPath": "/tmp/ray"},
         {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "home", "mountPath": "/home/ray"},
+        {"name": "home", "mountPath": HOME_FOLDER},
         {"name": "shared-mem", "mountPath": "/dev/shm"},
         {"name": "shared", "mountPath": SHARED_FOLDER},
     ]
@@ -111,7 +113,7 @@ def _ray_container(head: bool, group: GroupValues, values: KubernetesValues) -> 
         "resources": resources(group),
         "ports": ports,
         "env": [
-            {"name": "HOME", "value": "/home/ray"},
+            {"name": "HOME", "value": HOME_FOLDER},
             {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(values.drain_s)},
             {"name": "HF_HUB_OFFLINE", "value": "1"},
             *([{"name": "DISTRL_CONFIG", "value": f"{CONFIG_FOLDER}/config.yaml"}] if head else []),

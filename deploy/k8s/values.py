@@ -146,6 +146,7 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
     workers = config.train.workers
     per_actor = config.generation.tensor_parallel_size
     learners, generation = values.learners, values.generation
+    _check_gpus_are_used(values, config)
     if learners.gpus and "learners.replicas" not in asked:
         pods, rest = divmod(workers, min(learners.gpus, workers))
         if rest:
@@ -162,11 +163,12 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
                 "generation.gpus"
             )
         if "generation.replicas" not in asked:
-            pods, rest = divmod(config.generation.actors * per_actor, generation.gpus)
+            actors = processes("generation", config)
+            pods, rest = divmod(actors * per_actor, generation.gpus)
             if rest:
                 raise ConfigError(
                     f"generation.actors times their GPUs must be a multiple of generation.gpus "
-                    f"({generation.gpus}), pods are equal, got {config.generation.actors} x {per_actor}; "
+                    f"({generation.gpus}), pods are equal, got {actors} x {per_actor}; "
                     "change --set generation.gpus"
                 )
             generation = generation.model_copy(update={"replicas": pods})
@@ -176,6 +178,44 @@ def _sized(values: KubernetesValues, config: Config, asked: set[str]) -> Kuberne
             f"need, got {generation.most}"
         )
     return values.model_copy(update={"learners": learners, "generation": generation})
+
+
+def _check_gpus_are_used(values: KubernetesValues, config: Config) -> None:
+    """Pods have GPUs where, and only where, the run would use them."""
+    wanted = {"learners": config.train.device == "cuda", "generation": config.placement.mode != "cpu"}
+    keys = {"learners": "train.device=cuda", "generation": "placement.mode=separate"}
+    for name, uses in wanted.items():
+        gpus = getattr(values, name).gpus
+        if gpus and not uses:
+            raise ConfigError(
+                f"{name}.gpus must be 0 where the run uses none there, got {gpus}: they would be idle; set "
+                f"{keys[name]} in the config, or --set {name}.gpus=0"
+            )
+        if uses and not gpus:
+            raise ConfigError(
+                f"{name}.gpus must be at least 1, the config has {keys[name]}, got 0; choose --overlay gpu, or --set "
+                f"{name}.gpus"
+            )
+    if config.placement.mode not in ("cpu", "separate"):
+        raise ConfigError(
+            f"placement.mode must be cpu or separate on Kubernetes, learners and generation have pods of their own, "
+            f"got {config.placement.mode!r}; set placement.mode=separate"
+        )
+
+
+def processes(group: str, config: Config) -> int:
+    """Processes that a config has in a group of pods."""
+    match group:
+        case "learner":
+            return config.train.workers
+        case "generation":
+            own = config.generation.evaluation_actors + config.generation.reference_actors
+            return config.generation.actors + own + config.generation.opponent_actors
+        case "grading":
+            environments = config.environment.actors if config.environment.name is not None else 0
+            return config.grading.actors + environments
+        case _:
+            return config.reference.actors
 
 
 def run_name(config: Config) -> str:

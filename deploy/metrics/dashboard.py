@@ -84,6 +84,15 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...
                 ),
             ),
             ("Entropy", "short", (("distrl_entropy_nats{$run}", "nats per token"),)),
+            (
+                "Mismatch of log-probabilities",
+                "short",
+                (
+                    ("distrl_logp_mismatch_mean_nats{$run}", "mean, nats"),
+                    ("distrl_logp_mismatch_max_nats{$run}", "max, nats"),
+                    ("distrl_actor_logp_mismatch_nats{$run}", "{{actor}}, nats"),
+                ),
+            ),
             ("Gradient norm", "short", (("distrl_gradient_norm{$run}", "before clipping"),)),
             (
                 "Loss and learning rate",
@@ -135,6 +144,8 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...
         (
             ("Tickets by state", "short", (("distrl_tickets{$run}", "{{state}}"),)),
             ("Checkpoints", "short", (("distrl_checkpoints_total{$run}", "committed"),)),
+            ("Restarted processes", "short", (("increase(distrl_restarts_total{$run}[1h])", "{{stage}}"),)),
+            ("Retries", "short", (("increase(distrl_retries_total{$run}[1h])", "{{stage}}"),)),
         ),
     ),
 )

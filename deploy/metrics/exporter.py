@@ -1,11 +1,18 @@
 """Fills the metrics from what the coordinator tells the driver."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from deploy.metrics.families import LEARNER_METRICS, PERCENTILES, Families
+from deploy.metrics.families import (
+    LEARNER_METRICS,
+    MISMATCH_BY_ACTOR,
+    MISMATCH_MAX_BY_ACTOR,
+    PERCENTILES,
+    Families,
+)
 
 Snapshot = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -22,6 +29,7 @@ class Exporter:
         self._families = Families(registry)
         self._families.steps_planned.set(steps)
         self._totals: dict[tuple[str, ...], float] = {}
+        self._actors: set[str] = set()
 
     def update(self, snapshot: Snapshot) -> None:
         """Takes a snapshot with the records since the one before.
@@ -41,13 +49,24 @@ class Exporter:
         self._raise("held", families.waiting, snapshot["generation_held_s"], "generation", "learner")
         self._raise("truncated", families.truncated, snapshot["truncated"])
         self._raise("tokens", families.generated_tokens, snapshot["generated_tokens"])
-        for member in snapshot["members"]:
-            if member["stage"] == "generation":
-                families.version_lag.labels(member["name"]).set(snapshot["step"] - member["step"])
+        for stage, count in snapshot["retries"].items():
+            self._raise("retries", families.retries, count, stage)
+        for stage, count in snapshot["restarts"].items():
+            self._raise("restarts", families.restarts, count, stage)
+        self._actors_of(snapshot)
         for record in snapshot["records"]:
-            take = getattr(self, f"_take_{record['kind']}", None)
-            if take is not None:
-                take(record)
+            self._take(record)
+
+    def _actors_of(self, snapshot: Snapshot) -> None:
+        """A process that takes the place of another has a name of its own: series of those that are gone go, too."""
+        families = self._families
+        there = {m["name"]: m["step"] for m in snapshot["members"] if m["stage"] == "generation"}
+        for name in self._actors - there.keys():
+            for gauge in (families.version_lag, families.actor_mismatch):
+                _forget(gauge, name)
+        self._actors = set(there)
+        for name, step in there.items():
+            families.version_lag.labels(name).set(snapshot["step"] - step)
 
     def _stages(self, snapshot: Snapshot) -> None:
         families = self._families
@@ -63,6 +82,19 @@ class Exporter:
         for stage, busy in snapshot["busy"].items():
             families.busy.labels(stage).set(busy)
             families.places.labels(stage).set(places.get(stage, 0))
+
+    def _take(self, record: Record) -> None:
+        match record["kind"]:
+            case "step":
+                self._take_step(record)
+            case "load":
+                self._take_load(record)
+            case "evaluation":
+                self._families.accuracy.labels(record["name"]).set(record["accuracy"])
+            case "failed_call":
+                self._families.failed_calls.labels(record["stage"]).inc()
+            case "checkpoint":
+                self._take_checkpoint(record)
 
     def _take_step(self, record: Record) -> None:
         families = self._families
@@ -85,6 +117,12 @@ class Exporter:
             self._families.learner[name].set(value)
         elif name in PERCENTILES:
             self._families.ratio_percentiles.labels(PERCENTILES[name]).set(value)
+        elif name.startswith(MISMATCH_BY_ACTOR):
+            # Its tokens may come to the learner after it has gone.
+            if (actor := name.removeprefix(MISMATCH_BY_ACTOR)) in self._actors:
+                self._families.actor_mismatch.labels(actor).set(value)
+        elif name.startswith(MISMATCH_MAX_BY_ACTOR):
+            return  # the largest of all actors is exported, and metrics.jsonl has each
         else:
             self._families.objective.labels(name).set(value)
 
@@ -92,12 +130,6 @@ class Exporter:
         self._families.pause.observe(record["pause_s"])
         self._families.fetch.observe(record["fetch_s"])
         self._families.weight_bytes.inc(record["moved_bytes"])
-
-    def _take_evaluation(self, record: Record) -> None:
-        self._families.accuracy.labels(record["name"]).set(record["accuracy"])
-
-    def _take_failed_call(self, record: Record) -> None:
-        self._families.retries.labels(record["stage"]).inc()
 
     def _take_checkpoint(self, record: Record) -> None:
         if not record.get("removed"):
@@ -111,3 +143,9 @@ class Exporter:
         series = counter.labels(*labels) if labels else counter
         series.inc(total - before if total >= before else total)
         self._totals[key] = total
+
+
+def _forget(gauge: Gauge, *labels: str) -> None:
+    """Removes a series, if it is there."""
+    with contextlib.suppress(KeyError):
+        gauge.remove(*labels)

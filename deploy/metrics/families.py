@@ -19,6 +19,8 @@ LEARNER_METRICS = {
     "kl_behavior": ("kl_behavior_nats", "Mean log(behavior / policy) per token of the last step"),
     "kl_reference": ("kl_reference_nats", "Mean log(policy / reference) per token of the last step"),
     "entropy": ("entropy_nats", "Mean entropy of the policy per response token in the last step"),
+    "logp_mismatch_mean": ("logp_mismatch_mean_nats", "Mean |recorded - recomputed log-probability| of checked tokens"),
+    "logp_mismatch_max": ("logp_mismatch_max_nats", "Largest |recorded - recomputed log-probability|, last check"),
     "grad_norm": ("gradient_norm", "Norm of the gradient before clipping, last step"),
     "learning_rate": ("learning_rate", "Learning rate of the last step"),
 }
@@ -26,6 +28,10 @@ LEARNER_METRICS = {
 
 PERCENTILES = {"ratio_p01": "1", "ratio_p50": "50", "ratio_p99": "99"}
 """The learner's names of percentiles of the importance ratios; Prometheus keeps the label `quantile` for itself."""
+
+MISMATCH_BY_ACTOR = "logp_mismatch_mean."
+"""Begins the learner's name of the mean mismatch of one actor; the actor's name follows."""
+MISMATCH_MAX_BY_ACTOR = "logp_mismatch_max."
 
 AGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
 PAUSES_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
@@ -87,7 +93,12 @@ class Families:
         )
         self.learner_seconds = counter("learner_seconds", "Time of the learner by activity", "activity")
         self.utilization = single("learner_utilization_ratio", "Share of the last step's time that was training")
-        self.retries = counter("failed_calls", "Calls that failed; each but the last attempt is retried", "stage")
+        self.failed_calls = counter("failed_calls", "Calls that failed, whether they were made again or not", "stage")
+        self.retries = counter("retries", "Calls of tickets that were made again after a failure", "stage")
+        self.restarts = counter("restarts", "Processes of the run that were replaced", "stage")
+        self.actor_mismatch = gauge(
+            "actor_logp_mismatch_nats", "Mean |recorded - recomputed log-probability| of an actor's tokens", "actor"
+        )
         self.drops = counter("dropped_tickets", "Tickets dropped, by reason", "reason")
         self.checkpoints = counter("checkpoints", "Checkpoints committed by this process")
         self.last_checkpoint = single("last_checkpoint_timestamp_seconds", "When a checkpoint was last committed")

@@ -7,6 +7,7 @@ from typing import Any
 from actors.calls import RayCaller
 from actors.coordinator import Coordinator
 from actors.flight import Flight
+from actors.keeper import Keeper
 from actors.pipeline import Grades, Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
@@ -16,6 +17,7 @@ from actors.updates import UpdateLimits
 from deploy.remote.located import Located
 from deploy.roles import GENERATION_STAGES, weights_by_role
 from deploy.run_dir import RunDir
+from deploy.run_storage import storage_at
 from distrl.config import Config
 from distrl.ledger import Ledger
 from distrl.schema import Role
@@ -39,6 +41,7 @@ class CoordinatorActor(Coordinator, Located):
         left_out: frozenset[str],
         samples: frozenset[Role],
     ) -> None:
+        storage = storage_at(config.storage.uri, run_dir)
         generation = dict.fromkeys(GENERATION_STAGES.values(), config.generation.slots)
         self._capacity = {**generation, "grading": config.grading.concurrency, "reference": 1}
         pipeline = Pipeline(
@@ -62,6 +65,7 @@ class CoordinatorActor(Coordinator, Located):
             pipeline,
             recorder,
             time.time,
+            Keeper(run_dir.ledger, storage.checkpoints, storage.ledgers),
         )
 
     async def join_actor(self, stage: str, name: str, handle: Any) -> None:
@@ -142,6 +146,7 @@ def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset())
         evaluate_every_steps=config.evaluation.every_steps,
         keep_checkpoints=config.train.keep_checkpoints,
         redraws=config.limits.redraws,
+        drop_abandoned=config.train.abandoned_rollouts == "drop",
         turns=config.placement.mode == "turns",
         opponents=Role.OPPONENT in samples,
     )

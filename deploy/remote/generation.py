@@ -1,7 +1,8 @@
 """The generation actor."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
@@ -10,8 +11,11 @@ import torch
 from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_adapters, build_engine
 from actors.episodes import EpisodeLimits, Episodes
-from actors.generation import Fetch, Generation
-from deploy.remote.located import Located
+from actors.generation import Generation
+from actors.transfer.planes import known_plane
+from actors.transfer.receiver import Receiver
+from actors.transfer.transport import Transport
+from deploy.remote.located import Located, whereabouts
 from distrl.config import Config, LoraConfig
 from distrl.errors import DeadlineError, LostWeightsError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
@@ -41,8 +45,14 @@ class GenerationActor(Generation, Located):
         text = ModelText(tokenizer, config.environment.role)
         callers = [RayCaller(f"environment-{i}", handle) for i, handle in enumerate(environments)]
         episodes = Episodes(callers, text, episode_limits(config)) if callers else None
-        fetch = store_fetch(name, store, config.limits.sync_timeout_s)
-        super().__init__(name, engines, text, config.sampling, fetch, episodes=episodes, adapters=adapters)
+        source = StoreSource(name, store, config.limits.sync_timeout_s)
+        transport = transport_of(config, source)
+        super().__init__(
+            *(name, engines, text, config.sampling, source.fetch),
+            episodes=episodes,
+            adapters=adapters,
+            transport=transport,
+        )
 
 
 def episode_limits(config: Config) -> EpisodeLimits:
@@ -67,21 +77,62 @@ def engine_config(config: Config, weights: str) -> Config:
     return config.model_copy(update=changes)
 
 
-def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:
-    """How the generation actor `name` gets weights from the policy store's actor, in at most `timeout_s` seconds."""
-    caller = RayCaller("policy-store", store)
+def transport_of(config: Config, source: "StoreSource") -> Transport | None:
+    """The way of `generation.transport`, for an actor that else takes weights from this source."""
+    if config.generation.transport == "store":
+        return None
+    timeout_s = config.limits.transport_timeout_s
+    receiver = Receiver(known_plane(config.generation.transport), timeout_s)
+    return Transport(source.ask, source.chunks, receiver, whereabouts().node, timeout_s)
 
-    async def fetch(weights: str, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, list[Chunk]]:
-        what = f"{name} fetching {weights} version {version}"
+
+class StoreSource:
+    """How the generation actor `name` gets weights from the policy store's actor, in at most `timeout_s` seconds."""
+
+    def __init__(self, name: str, store: Any, timeout_s: float) -> None:
+        self._name = name
+        self._caller = RayCaller("policy-store", store)
+        self._timeout_s = timeout_s
+
+    async def fetch(
+        self, weights: str, version: int, have: Mapping[str, Content]
+    ) -> tuple[Manifest, Layout, list[Chunk]]:
+        """See `actors.generation.Fetch`."""
+        async with self._bounded(weights, version):
+            delivery = await self._deliver(version, have, weights)
+            return delivery.manifest, delivery.layout, await self._resolve(delivery)
+
+    async def ask(self, version: int, have: Mapping[str, Content], weights: str, from_store: bool) -> Delivery:
+        """See `actors.transfer.transport.Ask`."""
+        async with self._bounded(weights, version):
+            return await self._deliver(version, have, weights, from_store)
+
+    async def chunks(self, delivery: Delivery) -> list[Chunk]:
+        """The bytes that a delivery refers to."""
+        async with self._bounded(delivery.manifest.weights, delivery.manifest.version):
+            return await self._resolve(delivery)
+
+    async def _deliver(
+        self, version: int, have: Mapping[str, Content], weights: str, from_store: bool = False
+    ) -> Delivery:
+        arguments = (version, have, weights, *([True] if from_store else []))
+        delivery: Delivery = await self._caller.ask("fetch", *arguments, timeout_s=self._timeout_s)
+        return delivery
+
+    async def _resolve(self, delivery: Delivery) -> list[Chunk]:
+        references: Any = delivery.chunks
+        # One after the other: what is verified next is what came first, and the network is shared anyway.
+        return [await reference for reference in references]
+
+    @asynccontextmanager
+    async def _bounded(self, weights: str, version: int) -> AsyncIterator[None]:
+        what = f"{self._name} fetching {weights} version {version}"
         try:
-            async with asyncio.timeout(timeout_s):
-                delivery: Delivery = await caller.ask("fetch", version, have, weights, timeout_s=timeout_s)
-                references: Any = delivery.chunks
-                # One after the other: what is verified next is what came first, and the network is shared anyway.
-                return delivery.manifest, delivery.layout, [await reference for reference in references]
+            async with asyncio.timeout(self._timeout_s):
+                yield
         except (TimeoutError, ray.exceptions.GetTimeoutError):
             raise DeadlineError(
-                f"{what} from policy-store must end within limits.sync_timeout_s = {timeout_s:g} s, it did not"
+                f"{what} from policy-store must end within limits.sync_timeout_s = {self._timeout_s:g} s, it did not"
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error, what) from error
@@ -91,8 +142,6 @@ def store_fetch(name: str, store: Any, timeout_s: float) -> Fetch:
                 f"{what}: the policy store must have its chunks, it has lost them ({type(error).__name__}); "
                 "the learner has to publish it again"
             ) from error
-
-    return fetch
 
 
 class ModelText:

@@ -2,11 +2,11 @@
 
 from actors.journal import Journal
 from deploy.remote.located import Located
-from deploy.run_dir import RunDir
+from distrl.storage import Folder
 
 
 class JournalActor(Journal, Located):
-    """`Journal` in the run's directory."""
+    """`Journal` in the run's storage."""
 
-    def __init__(self, run_dir: RunDir, budget_bytes: int | None) -> None:
-        super().__init__(run_dir.journal, budget_bytes=budget_bytes)
+    def __init__(self, folder: Folder, budget_bytes: int | None) -> None:
+        super().__init__(folder, budget_bytes=budget_bytes)

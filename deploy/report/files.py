@@ -12,7 +12,9 @@ import pyarrow as pa
 import yaml
 
 from deploy.run_dir import FORMAT, RunDir, find_run
-from distrl.errors import LedgerError, RunError
+from deploy.run_storage import run_storage
+from distrl.errors import LedgerError, RunError, SchemaError
+from distrl.journal_file import read_table
 from distrl.ledger import FORMAT as LEDGER_FORMAT
 from distrl.staleness import Version
 
@@ -189,10 +191,13 @@ def read_journal(run_dir: RunDir, files: Iterable[str], columns: Sequence[str], 
     The ledger names files by the path that they had when they were written; a run directory may have moved since.
     """
     tables = []
+    journal = run_storage(run_dir).journal
     for name in dict.fromkeys(Path(file).name for file in files):
         try:
-            with pa.OSFile(str(run_dir.journal / name)) as source:
-                tables.append(pa.ipc.open_file(source).read_all().select(columns))
+            with journal.open(name) as source:
+                tables.append(read_table(source, journal / name).select(columns))
+        except SchemaError as error:
+            missing.add(f"{error}: its rollouts are left out.")
         except (OSError, KeyError, pa.ArrowInvalid):
             missing.add(f"journal/{name} cannot be read: its rollouts are left out.")
     return pa.concat_tables(tables) if tables else None

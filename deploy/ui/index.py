@@ -16,7 +16,9 @@ import pyarrow as pa
 from deploy.report.files import Missing, read_config
 from deploy.report.samples import Decoder, tokenizer_of
 from deploy.run_dir import RunDir
-from distrl.errors import RunError
+from deploy.run_storage import run_storage
+from distrl.errors import RunError, SchemaError
+from distrl.journal_file import read_table
 
 FORMAT = 1
 
@@ -107,6 +109,7 @@ class RolloutIndex:
         for path in written:
             if path not in known:
                 self._add(path)
+        self._forget_compacted()
         return int(self._db.execute("SELECT COUNT(*) FROM rollouts").fetchone()[0])
 
     def find(self, wanted: Filter, *, limit: int = 50, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -159,11 +162,24 @@ class RolloutIndex:
             self._attached = True
         return self._attached
 
+    def _forget_compacted(self) -> None:
+        """Rollouts whose files `distrl compact` has deleted; those that it kept are in a file that was added."""
+        gone = "NOT IN (SELECT path FROM ledger.journal_files)"
+        if not self._db.execute(f"SELECT 1 FROM files WHERE path {gone}").fetchone():
+            return
+        with self._db:
+            self._db.execute(f"DELETE FROM rollouts WHERE file {gone}")
+            self._db.execute(f"DELETE FROM files WHERE path {gone}")
+            self._db.execute("DELETE FROM prompts WHERE ticket_id NOT IN (SELECT ticket_id FROM rollouts)")
+
     def _add(self, path: str) -> None:
-        file = self._run_dir.journal / Path(path).name  # the directory may have moved since
+        journal, name = run_storage(self._run_dir).journal, Path(path).name  # the directory may have moved since
+        file = journal / name
         try:
-            with pa.memory_map(str(file)) as source:
-                table = pa.ipc.open_file(source).read_all().select(list(_COLUMNS))
+            with journal.open(name) as source:
+                table = read_table(source, file).select(list(_COLUMNS))
+        except SchemaError as error:
+            raise RunError(f"RUN: {error}") from error
         except FileNotFoundError:
             return  # compacted or pruned: its rollouts are in another file, or kept no longer
         except (OSError, KeyError, pa.ArrowInvalid) as error:

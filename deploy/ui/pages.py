@@ -5,15 +5,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlencode
 
-from deploy.live import STALE_S, read_live
+from deploy.live import read_live
 from deploy.report.data import read_run
 from deploy.report.page import environment
-from deploy.report.tables import Rows
-from deploy.report.text import DASH, duration, moment, number
+from deploy.report.text import moment
 from deploy.report.view import make_view
 from deploy.run_dir import RunDir
 from deploy.run_state import RunState, read_state
 from deploy.ui.index import Filter, RolloutIndex
+from deploy.ui.processes import health_of, ledger_rows, process_map, stage_rows
 from deploy.ui.tokens import Coloring, token_view
 from distrl.errors import RefusedError
 
@@ -114,56 +114,17 @@ def rollout(run_dir: RunDir, index: RolloutIndex, rollout_id: str, query: Mappin
 
 def processes(run_dir: RunDir, now_s: float) -> str:
     """Who is there and how they do, and what the ledger says of the tickets."""
-    state = read_live(run_dir)
-    live = live_of(run_dir, "processes")
+    state, live = read_live(run_dir), live_of(run_dir, "processes")
+    here = live.following and state is not None
     return (
         environment()
         .get_template("processes.html")
         .render(
             live=live,
-            health=_health(live, state, now_s),
-            processes=None if state is None else _processes(state),
-            tickets=_tickets(state),
+            health=health_of(read_state(run_dir), state, now_s),
+            nodes=process_map(run_dir, state, now_s) if here and state is not None else (),
+            stages=stage_rows(state) if here and state is not None else None,
+            ledger=ledger_rows(run_dir),
             at=None if state is None else moment(state["time_s"]),
         )
     )
-
-
-def _health(live: Live, state: Mapping[str, Any] | None, now_s: float) -> tuple[str, str]:
-    """(healthy, warning or bad; a sentence)."""
-    if live.state == RunState.DIED:
-        return "bad", "The driver's process is gone without a word; distrl resume goes on from the last checkpoint."
-    if state is None or not live.following:
-        return ("plain", f"The run is {live.state}: no process of it is there.")
-    silent = now_s - state["time_s"]
-    if silent > STALE_S:
-        return "bad", f"The driver has not heard from the coordinator for {duration(silent)}; see distrl doctor --run."
-    idle = now_s - state["progress_s"]
-    if idle > 60:
-        return "warning", f"Nothing has moved for {duration(idle)}; distrl doctor --run says who waits for whom."
-    return "healthy", f"Something moved {duration(max(0.0, idle))} ago."
-
-
-def _processes(state: Mapping[str, Any]) -> Rows:
-    stages = state["stages"] or {}
-    rows = [("driver and coordinator", "answers", f"step {number(state['step'])}", DASH, DASH)]
-    learner = "waits for a batch" if state["learner_waiting"] else "works" if state["granted"] else "has no batch"
-    rows.append(("learner", learner, f"{number(state['granted'])} tickets granted", DASH, DASH))
-    for member in state["members"] or ():
-        share = f"{member['busy']} of {member['capacity']}"
-        doing = "works" if member["busy"] else "idle"
-        if member["stage"] == "generation":
-            doing = doing if member["busy"] or not state["generation_held"] else "held back: the learner must catch up"
-            versions = number(member["version"]), number(state["step"] - member["step"])
-        else:
-            versions = DASH, DASH
-        rows.append((member["name"], doing, share, *versions))
-    for stage, count in stages.items():
-        rows.append((f"tickets in {stage}", "", number(count), DASH, DASH))
-    return Rows(("Process", "Does", "Places taken", "Version", "Steps behind"), tuple(rows))
-
-
-def _tickets(state: Mapping[str, Any] | None) -> Rows | None:
-    if state is None or not state["tickets"]:
-        return None
-    return Rows(("State", "Tickets"), tuple((name, number(count)) for name, count in state["tickets"].items()))

@@ -91,6 +91,7 @@ class Endpoint:
         self._attempts = attempts
         self._max_tokens = max_tokens
         self.version = hashlib.sha256(f"{url} {model} {prompt} {max_tokens}".encode()).hexdigest()[:12]
+        self.prompt_version = hashlib.sha256(f"{prompt} {max_tokens}".encode()).hexdigest()[:12]
 
     def prefer(self, problem: "Problem", first: str, second: str) -> float:
         asked = self._prompt

@@ -62,6 +62,9 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "judge": BuiltIn(
         "distrl.graders.endpoint:EndpointJudge", light=False, timeout_s=100.0, cached=False, needs_answer=False
     ),
+    "served_judge": BuiltIn(
+        "distrl.graders.served:ServedJudge", light=False, timeout_s=100.0, cached=False, needs_answer=False
+    ),
     "length": BuiltIn("distrl.graders.length:Length", range=None, cached=False, needs_answer=False),
     "overlong": BuiltIn("distrl.graders.length:Overlong", range=(-1.0, 0.0), cached=False, needs_answer=False),
 }

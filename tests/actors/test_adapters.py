@@ -232,7 +232,7 @@ def test_checkpoints_are_merged_and_resume_whatever_is_published(tmp_path: Path)
         trainer.begin_checkpoint(TrainState(2, 2))
         written = trainer.finished_checkpoint(wait=True)
         assert written is not None
-        directories.append(written.directory)
+        directories.append(Path(written.location))
     first, second = (load_model(directory, torch.float32).state_dict() for directory in directories)
     expected = peft_merged(model)
     assert first.keys() == second.keys()

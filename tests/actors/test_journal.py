@@ -15,7 +15,7 @@ from distrl.errors import RunError, SchemaError
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
-from tests.builders import generation_batch, grading_batch, reference_batch, run
+from tests.builders import generation_batch, grading_batch, reference_batch, refusal, run
 
 LATER_S = 1e6
 """No timer of a test goes off."""
@@ -98,7 +98,7 @@ def test_one_answers_only_when_the_file_and_its_name_are_synced(
     monkeypatch.setattr(os, "fsync", watch)
     journal = Journal(tmp_path / "journal")
     receipt: JournalReceipt = run(journal.append(*stages(0)))
-    assert synced == [Path(receipt.path).with_suffix(".partial").name, "journal"]
+    assert synced == [Path(receipt.path).name + ".partial", "journal"]
 
 
 def test_a_disk_that_refuses_is_an_error_for_everyone_who_waits_and_leaves_no_file(
@@ -183,3 +183,18 @@ def test_a_ticket_that_is_sent_again_stands_once_in_the_file(tmp_path: Path) -> 
         assert read(again.path)["rollout_id"].to_pylist() == ["p0.0.0", "p0.0.1", "p1.0.0", "p1.0.1"]
 
     run(scenario())
+
+
+@pytest.mark.parametrize("found", ["1", "3"])
+def test_a_file_of_another_format_is_refused_by_name_and_number(tmp_path: Path, found: str) -> None:
+    rows = join(*stages(0))
+    other = rows.schema.with_metadata({**rows.schema.metadata, b"distrl.format": found.encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, other) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(rows.columns, schema=other))
+    path = tmp_path / "old.arrow"
+    path.write_bytes(sink.getvalue())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert refusal(SchemaError, lambda: run(Journal(tmp_path).read(str(path), sha256, 0))) == (
+        f"journal file {path}: format must be 2, got {found}; use the distrl that wrote it"
+    )

@@ -47,6 +47,8 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
             "sequences_in_flight": 7,
             "moved_bytes": 64,
             "moved_tensors": 2,
+            "transport": "store",
+            "fallback": None,
         },
         {"number": 2, "time_s": 102.0, "kind": "evaluation", "name": "before", "accuracy": 0.5},
     ]

@@ -104,7 +104,7 @@ def test_validate_refuses_a_schema_that_is_not_the_stage_s() -> None:
     batch = pa.RecordBatch.from_pydict({"rollout_id": ["p0.0.0"], "reward": pa.array([1], pa.int64())})
 
     assert refusal(SchemaError, lambda: validate(Stage.GRADING, batch)) == (
-        "grading batch: schema must be that of distrl.schema format 1, got rollout_id: string, reward: int64"
+        "grading batch: schema must be that of distrl.schema format 2, got rollout_id: string, reward: int64"
     )
 
 

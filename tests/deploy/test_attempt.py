@@ -1,5 +1,7 @@
 """Which of starting, going on, refusing and leaving alone an attempt of a run does."""
 
+import contextlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,13 @@ import pytest
 
 from deploy import attempt
 from deploy.attempt import resume_or_start
+from deploy.checkpoints import last_checkpoint
+from deploy.run import unfinished
 from deploy.run_dir import create_run_dir, write_json
 from deploy.run_state import RunState, claim, release, write_state
 from distrl.config import Config, make_config
 from distrl.errors import RefusedError
+from distrl.ledger import Ledger
 from tests.builders import refusal
 
 
@@ -86,3 +91,24 @@ def test_another_config_and_a_run_that_goes_on_are_refused(tmp_path: Path, done:
         release(run_dir, lock, RunState.STOPPED)
     assert message == f"{run_dir.path}: the run must not be running, another process runs it"
     assert done == []
+
+
+def test_a_run_whose_ledger_was_only_just_made_when_it_was_killed_goes_on(tmp_path: Path, done: list[str]) -> None:
+    """A file that SQLite has opened and in which there is no table yet."""
+    made = config(tmp_path)
+    run_dir = create_run_dir(made)
+    release(run_dir, claim(run_dir), RunState.FAILED)
+    with contextlib.closing(sqlite3.connect(run_dir.ledger)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+    assert last_checkpoint(run_dir) is None
+    assert unfinished(run_dir.path) == (run_dir, None)
+    Ledger(run_dir.ledger).close()
+    assert last_checkpoint(run_dir) is None
+
+
+def test_a_ledger_has_all_its_tables_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distrl.ledger_tables.TABLES", "CREATE TABLE meta (key TEXT, value TEXT); CREATE TABLE oops (;")
+    with pytest.raises(sqlite3.OperationalError, match="syntax error"):
+        Ledger(tmp_path / "ledger.sqlite")
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
+        assert db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,)

@@ -16,6 +16,7 @@ from deploy.run_dir import RunDir
 from deploy.run_state import RunState, claim, read_state
 from distrl.errors import LedgerError, RefusedError, RunError
 from distrl.ledger import Ledger, LedgerReader
+from distrl.storage import Folder
 from tests.builders import generation_batch, grading_batch, refusal, run
 from tests.deploy.commands import call
 from tests.system.test_bad_luck_on_disk import finished_run
@@ -96,15 +97,11 @@ def test_a_crash_before_the_old_files_are_deleted_costs_nothing(
 ) -> None:
     before = contents(run_dir)
 
-    unlink = Path.unlink
-
-    def die(path: Path, missing_ok: bool = False) -> None:
-        if path.suffix == ".arrow":
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
+    def die(folder: Folder, name: str) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", die)
+        patched.setattr(Folder, "delete", die)
         patched.setattr(deploy.compact, "release", lambda run_dir, lock, state: os.close(lock))
         with pytest.raises(KeyboardInterrupt):
             compact_run(run_dir.path, drop_committed=False)

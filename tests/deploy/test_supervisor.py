@@ -129,6 +129,10 @@ def test_a_dead_member_is_replaced_by_another_process_with_another_name() -> Non
     system.run()
     assert set(system.coordinator.members) == {"generation-0", "generation-1.1"}
     assert system.supervisor.restarts == 1
+    by_stage = system.supervisor.restarts_by_stage()
+    assert by_stage["generation"] == 1
+    assert sum(by_stage.values()) == 1
+    assert {"learner", "generation"} <= by_stage.keys()  # also stages that have lost none are counted
     assert system.coordinator.notes == ["restarted: generation-1 is replaced in 0 s: killed"]
 
 

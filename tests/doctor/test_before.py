@@ -37,7 +37,7 @@ def test_a_config_that_can_run_has_nothing_bad(model: Path, tmp_path: Path) -> N
     findings = examine(config(model, tmp_path))
     assert [f.check for f in findings if f.verdict == "bad"] == []
     assert {f.check for f in findings} == {
-        *("config", "tokenizer", "versions", "processors", "gpus", "memory", "disk", "port", "grader")
+        *("config", "tokenizer", "versions", "processors", "gpus", "memory", "disk", "storage", "port", "grader")
     }
 
 

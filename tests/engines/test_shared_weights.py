@@ -69,7 +69,7 @@ def test_a_size_that_does_not_follow_from_shape_and_dtype_is_refused() -> None:
 
 
 def test_bytes_that_do_not_read_back_are_refused_before_anybody_maps_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = shared_weights._write
+    write = shared_weights.write_weights
 
     def write_badly(path: Path, tensors: dict[str, torch.Tensor]) -> list[shared_weights.Placed]:
         placed = write(path, tensors)
@@ -78,7 +78,7 @@ def test_bytes_that_do_not_read_back_are_refused_before_anybody_maps_them(monkey
         path.write_bytes(data)
         return placed
 
-    monkeypatch.setattr(shared_weights, "_write", write_badly)
+    monkeypatch.setattr(shared_weights, "write_weights", write_badly)
 
     def load() -> None:
         with shared_weights.shared_weights(3, TENSORS):

@@ -25,6 +25,9 @@ CRDS = next(
 EXTRA = ["image=distrl:1", "generation.max_replicas=4", "object_storage_cidr=10.0.0.0/8", "environment_secret=keys"]
 
 
+ON_GPUS = {"train.device": "cuda", "placement.mode": "separate", "generation.engine": "vllm"}
+
+
 def config(**changes: Any) -> Config:
     values = {"run": {"name": "mine"}, "model": {"path": "/shared/model"}, "data": {"source": "sort_digits"}}
     return make_config(values, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
@@ -34,7 +37,8 @@ def rendered(case: str) -> list[Json]:
     """The two overlays of the folder, and one with every option that adds something."""
     if case in OVERLAYS:
         return folder.overlay_objects(case)
-    return run_objects(config(), make_values("gpu", EXTRA, config()))
+    made = config(**ON_GPUS)
+    return run_objects(made, make_values("gpu", EXTRA, made))
 
 
 @pytest.fixture(params=[*OVERLAYS, "everything"], name="objects")
@@ -155,11 +159,11 @@ def test_the_config_in_the_cluster_is_the_run_s_own_with_its_places() -> None:
     written = make_config(yaml.safe_load(found["data"]["config.yaml"]))
     assert str(written.run_dir) == "/run/distrl/mine"
     assert (written.metrics.host, written.metrics.port) == ("0.0.0.0", 9464)
-    assert written.train == config().train
+    assert written.train == config(**ON_GPUS).train
 
 
 def test_counts_and_gpus_come_from_the_config() -> None:
-    made = config(**{"generation.actors": 6})
+    made = config(**ON_GPUS, **{"generation.actors": 6})
     values = make_values("gpu", ["image=d:1", "generation.gpus=2", "learners.gpus=1"], made)
     assert (values.generation.replicas, values.learners.replicas) == (3, 1)
     found = job(run_objects(made, values))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -210,8 +214,50 @@ def test_counts_and_gpus_come_from_the_config() -> None:
     ],
 )
 def test_what_a_cluster_would_not_take_is_refused(overlay: str, settings: list[str], message: str) -> None:
-    made = config(**{"generation.actors": 5})
+    made = config(**(ON_GPUS if overlay == "gpu" else {}), **{"generation.actors": 5})
     assert refusal(ConfigError, lambda: make_values(overlay, settings, made)) == message
+
+
+@pytest.mark.parametrize(
+    ("overlay", "changes", "message"),
+    [
+        (
+            "gpu",
+            {"train.device": "cpu"},
+            "learners.gpus must be 0 where the run uses none there, got 8: they would be idle; set train.device=cuda "
+            "in the config, or --set learners.gpus=0",
+        ),
+        (
+            "gpu",
+            {"placement.mode": "cpu"},
+            "generation.gpus must be 0 where the run uses none there, got 1: they would be idle; set "
+            "placement.mode=separate in the config, or --set generation.gpus=0",
+        ),
+        (
+            "cpu",
+            {},
+            "learners.gpus must be at least 1, the config has train.device=cuda, got 0; choose --overlay gpu, or --set "
+            "learners.gpus",
+        ),
+        (
+            "gpu",
+            {"train.workers": 12},
+            "train.workers must be a multiple of learners.gpus (8), a worker has one GPU and pods are equal, got 12; "
+            "change --set learners.gpus",
+        ),
+        (
+            "gpu",
+            {"generation.tensor_parallel_size": 2},
+            "generation.gpus must be a multiple of generation.tensor_parallel_size (2), the processes of one actor are "
+            "in one pod, got 1; change --set generation.gpus",
+        ),
+    ],
+)
+def test_gpus_that_the_run_does_not_use_or_that_do_not_divide_are_refused(
+    overlay: str, changes: dict[str, Any], message: str
+) -> None:
+    made = config(**ON_GPUS | changes)
+    assert refusal(ConfigError, lambda: make_values(overlay, ["image=d:1"], made)) == message
 
 
 def test_a_name_that_kubernetes_does_not_take_is_refused() -> None:

@@ -72,7 +72,7 @@ def save_checkpoint(
     writer.begin(directory, model, model, optimizer, state)
     written = writer.finished(wait=True)
     assert written is not None
-    assert (written.directory, written.state) == (directory, state)
+    assert (written.location, written.state) == (str(directory), state)
     assert writer.finished(wait=True) is None  # said once
     return written.sha256
 

@@ -105,7 +105,7 @@ class LocalLink:
         layout = lay_out(manifest.tensors)
         self._weights = (manifest.version, unpack(manifest, layout, list(cut(tensors, layout))))
 
-    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+    def commit_checkpoint(self, location: str, state: TrainState, sha256: str) -> None:
         self.checkpoints.append(state.step)
 
 

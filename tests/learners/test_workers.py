@@ -37,11 +37,12 @@ def in_two_workers(world: World, folder: Path) -> None:
         if world.first:
             found[name] = outcome(link)
 
+    (half,) = (folder / "one").glob(f"step-{HALF:06d}-v*")
     for name, case in CASES.items():
         keep(name, run(case, folder / name, world))
     for parallel in ("ddp", "fsdp"):
         case = Case(parallel=parallel)
-        keep(f"1 to 2 {parallel}", run(case, folder / "later", world, folder / "one" / f"step-{HALF:06d}"))
+        keep(f"1 to 2 {parallel}", run(case, folder / "later", world, half))
         keep(f"half {parallel}", run(replace(case, steps=HALF), folder / parallel, world))
         once = Case(recipe="topr", parallel=parallel, max_grad_norm=1e9, micro_batch_tokens=10_000)
         keep(f"once {parallel}", run(once, folder / "once", world))

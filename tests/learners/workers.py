@@ -59,8 +59,8 @@ class FixedLink:
     def publish(self, manifest: Manifest, tensors: Mapping[str, Tensor], *, again: bool = False) -> None:
         self.weights = {name: x.detach().clone() for name, x in tensors.items()}
 
-    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
-        self.checkpoints.append(path)
+    def commit_checkpoint(self, location: str, state: TrainState, sha256: str) -> None:
+        self.checkpoints.append(Path(location))
 
 
 class Tokenizer:

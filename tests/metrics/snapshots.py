@@ -6,6 +6,8 @@ from actors.recorder import Recorder
 from distrl.messages import LoadReceipt, StepReport
 
 METRICS = {"loss": 0.5, "ess": 0.75, "ratio_mean": 1.0, "ratio_max": 3.0, "kl_behavior": 0.01, "kl_reference": 0.02}
+METRICS |= {"logp_mismatch_mean": 0.001, "logp_mismatch_max": 0.01, "logp_mismatch_tokens": 30.0}
+METRICS |= {"logp_mismatch_mean.generation-0": 0.001, "logp_mismatch_max.generation-0": 0.01}
 METRICS |= {"ratio_p01": 0.5, "ratio_p50": 1.0, "ratio_p99": 2.0}
 METRICS |= {"entropy": 1.5, "grad_norm": 2.0, "learning_rate": 1e-4, "at_bound_policy": 0.125}
 
@@ -31,6 +33,8 @@ def snapshot(step: int = 0, **changes: Any) -> dict[str, Any]:
         ],
         "truncated": step,
         "generated_tokens": 10 * rollouts,
+        "retries": {"generation": 0, "grading": 2 * step},
+        "restarts": {"generation": 1, "learner": 0},
         **changes,
     }
 

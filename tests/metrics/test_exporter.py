@@ -58,6 +58,13 @@ def test_the_numbers_of_a_snapshot_are_those_of_the_run() -> None:
         "distrl_weight_update_pause_seconds_count{}": 3,
         "distrl_weight_update_bytes_total{}": 1500,
         "distrl_kl_reference_nats{}": 0.02,
+        "distrl_logp_mismatch_mean_nats{}": 0.001,
+        "distrl_logp_mismatch_max_nats{}": 0.01,
+        "distrl_actor_logp_mismatch_nats{actor=generation-0}": 0.001,
+        "distrl_retries_total{stage=generation}": 0,
+        "distrl_retries_total{stage=grading}": 6,
+        "distrl_restarts_total{stage=generation}": 1,
+        "distrl_restarts_total{stage=learner}": 0,
         "distrl_effective_sample_size_ratio{}": 0.75,
         "distrl_objective{metric=at_bound_policy}": 0.125,
         "distrl_last_step_timestamp_seconds{}": 500,
@@ -87,6 +94,23 @@ def test_a_failed_call_is_counted_under_its_stage() -> None:
     found = exported(snapshot(records=recorder.after(-1)))
     assert found["distrl_failed_calls_total{stage=grading}"] == 1
     assert found["distrl_checkpoints_total{}"] == 1
+
+
+def test_a_process_that_is_replaced_leaves_no_series_behind() -> None:
+    """Each successor has a name of its own: generation-0, generation-0.1, generation-0.2 and so on."""
+
+    def with_actor(name: str) -> dict[str, object]:
+        member = {"stage": "generation", "name": name, "capacity": 1, "busy": 0, "version": 1, "step": 1}
+        measured = {f"logp_mismatch_mean.{name}": 0.25, "logp_mismatch_mean.generation-9": 0.5}
+        return snapshot(2, members=[member], records=records([1], **measured))
+
+    found = exported(*(with_actor(name) for name in ("generation-0", "generation-0.1", "generation-0.2")))
+    by_actor = {name: value for name, value in found.items() if "{actor=" in name}
+    # generation-9 is gone when its tokens are compared.
+    assert by_actor == {
+        "distrl_version_lag_steps{actor=generation-0.2}": 1,
+        "distrl_actor_logp_mismatch_nats{actor=generation-0.2}": 0.25,
+    }
 
 
 def test_a_day_of_training_leaves_memory_and_the_number_of_series_as_they_are() -> None:

@@ -37,7 +37,7 @@ def needs(command: str, package: str) -> Any:
 def test_prometheus_accepts_the_alert_rules() -> None:
     ended = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "8 rules found" in ended.stdout
+    assert "10 rules found" in ended.stdout
 
 
 class Prometheus:

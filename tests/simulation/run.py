@@ -164,6 +164,7 @@ def _judge(schedule: Schedule, disk: Disk, *, finished: bool) -> None:
         None if schedule.on_stale == "keep" else schedule.max_staleness,
         finished,
         REDRAWS if schedule.on_stale == "redraw" else 0,
+        schedule.drop_abandoned,
     )
     found = audit(disk.directory / "ledger.sqlite", contract)
     if found.violations:

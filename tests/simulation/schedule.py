@@ -57,6 +57,8 @@ class Schedule:
     """Index of a generation actor that fails every third call; -1 is none."""
     poison_tickets: tuple[int, ...]
     """Prompts that no grader can grade."""
+    drop_abandoned: bool
+    """Whether rollouts of weights that were left are sampled again."""
     slow_tickets: tuple[int, ...]
     """Tickets whose every draw takes forty times as long."""
     faults: tuple[Fault, ...]
@@ -92,6 +94,7 @@ def schedule_of(seed: int) -> Schedule:
         poison_actor=rng.randrange(actors) if rng.random() < 0.2 else -1,
         poison_tickets=tuple(rng.sample(range(8), rng.randint(1, 2))) if rng.random() < 0.2 else (),
         slow_tickets=tuple(rng.sample(range(10), rng.randint(1, 3))) if rng.random() < stragglers else (),
+        drop_abandoned=rng.random() < 0.4,
         faults=tuple(faults),
     )
 
@@ -117,6 +120,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         "poison_actor": -1,
         "slow_actor": -1,
         "reference": False,
+        "drop_abandoned": False,
         "evaluate_every": 0,
         "on_stale": "wait",
         "checkpoint_every": 1,

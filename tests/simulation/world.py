@@ -268,6 +268,7 @@ class World:
             evaluate_every_steps=schedule.evaluate_every,
             keep_checkpoints=1000,
             redraws=REDRAWS,
+            drop_abandoned=schedule.drop_abandoned,
         )
         heldout = [_problem(1000)]
         prompts = Prompts(_problem, heldout, heldout)

@@ -30,6 +30,7 @@ from distrl.rewards import Grade, Grader
 from distrl.sampling import SampleRequest, SamplingParams
 from distrl.schema import Role
 from distrl.staleness import Admission
+from distrl.storage import Folder
 from distrl.tasks import Message, Problem
 from distrl.tickets import Ticket, weights_of
 from tests.builders import threaded
@@ -142,6 +143,7 @@ def build(
     other_weights: Sequence[str] = (),
     own_actors: Sequence[Role] = (),
     turns: bool = False,
+    journal_in: Folder | None = None,
 ) -> InProcessRun:
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
@@ -164,8 +166,10 @@ def build(
         pool.add(LocalCaller(f"{role}-0", worker), slots)
     grading.add(LocalCaller("grading-0", Grading("test", _limited(grader), concurrency=8)), 8)
     scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
-    limits = PipelineLimits(attempts, 0.0, 10, 10, 10, 10, 10, grading_tickets_per_call, 2)
-    journal = LocalCaller("journal", Journal(directory / "journal"))
+    limits = PipelineLimits(
+        attempts, 0.0, 10, 10, 10, 10, 10 if journal_in is None else 90, grading_tickets_per_call, 2
+    )
+    journal = LocalCaller("journal", Journal(journal_in or directory / "journal"))
     pipeline = Pipeline(generation, grading, scoring if reference else None, journal, limits, _clock(), own_pools)
     ledger = Ledger(directory / "ledger.sqlite")
     settings = CoordinatorSettings(

@@ -25,6 +25,9 @@ import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deploy.audit import audit_run
+from deploy.checkpoints import last_checkpoint
+from deploy.run_dir import RunDir
+from distrl.ledger_reader import LOCK_S, LedgerReader
 from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
@@ -42,7 +45,9 @@ class Compared:
     """A run that was killed, beside one that was not."""
 
     killed_after: tuple[int, ...]
-    """Steps that were done at each SIGKILL."""
+    """Steps that were done at each SIGKILL at a random moment."""
+    unnamed: int
+    """Step of the checkpoint that was complete on disk, and not in the ledger, at the SIGKILL before these."""
     returned: dict[str, int]
     """Tickets that went back, by cause."""
     violations: tuple[Any, ...]
@@ -56,7 +61,10 @@ class Compared:
 
 
 def compare(folder: Path, kills: int, seed: int) -> Compared:
-    """Trains twice, synchronously and with the same seed."""
+    """Trains twice, synchronously and with the same seed.
+
+    Beside `kills` SIGKILLs at random moments there is one between a checkpoint's last file and its name in the ledger.
+    """
     make_tiny_model(
         folder / "model",
         character_tokenizer(ALPHABET),
@@ -66,11 +74,13 @@ def compare(folder: Path, kills: int, seed: int) -> Compared:
     alone, killed = _config(folder, "alone"), _config(folder, "killed")
     assert _start("train", alone).wait(DEADLINE_S) == 0, (folder / "log").read_text()
     rng = random.Random(seed)
-    after = tuple(_kill_at(folder, killed, at, rng) for at in sorted(rng.sample(range(3, STEPS), kills)))
+    unnamed = _kill_before_the_ledger_names_it(folder, killed)
+    after = tuple(_kill_at(folder, killed, at, rng) for at in sorted(rng.sample(range(6, STEPS), kills)))
     assert _start("resume", folder / "killed").wait(DEADLINE_S) == 0, (folder / "log").read_text()
     found = audit_run(folder / "killed")
     return Compared(
         after,
+        unnamed,
         dict(found.returned),
         found.violations,
         (contents(_last(folder / "alone")), contents(_last(folder / "killed"))),
@@ -112,38 +122,113 @@ def _start(command: str, argument: Path) -> "subprocess.Popen[bytes]":
 def _kill_at(folder: Path, config: Path, step: int, rng: random.Random) -> int:
     """Starts or resumes the run, kills all its processes at a random moment after a step; how many steps were done."""
     run = folder / "killed"
-    driver = _start("resume", run) if run.exists() else _start("train", config)
+    before = _lines(run)
+    driver = _go_on(run, config)
     deadline = time.monotonic() + DEADLINE_S
-    while _steps(run) < step or not _has_checkpoint(run):
+    while _steps(run, before) < step:
         if driver.poll() is not None or time.monotonic() > deadline:
+            _end(driver)
             raise AssertionError(f"the run did not reach step {step}:\n{(folder / 'log').read_text()}")
         time.sleep(0.02)
     time.sleep(rng.random() * 0.5)
-    assert driver.poll() is None, "the run ended before it was killed"
-    processes = [driver.pid, *_descendants(driver.pid)]
-    for pid in processes:
-        with contextlib.suppress(ProcessLookupError):  # it ended with one that was killed before it
-            os.kill(pid, signal.SIGKILL)
-    driver.wait()
-    done = _steps(run)
+    _kill(driver)
+    done = _steps(run, before)
     assert audit_run(run).violations == ()
     return done
 
 
-def _steps(run: Path) -> int:
+def _kill_before_the_ledger_names_it(folder: Path, config: Path) -> int:
+    """Kills the run when a checkpoint after the first is complete on disk and not in the ledger; its step.
+
+    The ledger's write lock is the gate: while it is held here, no other process can name a checkpoint.
+    """
+    run = folder / "killed"
+    driver = _go_on(run, config)
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        if driver.poll() is not None or time.monotonic() > deadline:
+            _end(driver)
+            raise AssertionError(f"no checkpoint was caught:\n{(folder / 'log').read_text()}")
+        named = _named(run)
+        if named and (begun := {name.removesuffix(".partial") for name in _directories(run, "step-*")} - named):
+            with _writing_locked(run):
+                # The ledger's own processes wait LOCK_S for the lock; the files need far less.
+                give_up = time.monotonic() + LOCK_S / 2
+                caught: set[str] = set()
+                while not caught and time.monotonic() < give_up:
+                    caught = {n for n in _directories(run, "step-*") - _named(run) if not n.endswith(".partial")}
+                    if not begun - _named(run):
+                        break  # it was named before the lock was had
+                if caught:
+                    _kill(driver)
+                    break
+        time.sleep(0.002)
+    (name,) = caught
+    assert name not in _named(run)
+    last = last_checkpoint(RunDir(run))
+    assert last is not None
+    assert Path(last).name in _named(run)
+    assert _step(Path(last).name) < _step(name)
+    assert audit_run(run).violations == ()
+    return _step(name)
+
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.split("-")[1])
+
+
+def _go_on(run: Path, config: Path) -> "subprocess.Popen[bytes]":
+    return _start("resume", run) if run.exists() else _start("train", config)
+
+
+def _kill(driver: "subprocess.Popen[bytes]") -> None:
+    assert driver.poll() is None, "the run ended before it was killed"
+    _end(driver)
+
+
+def _end(driver: "subprocess.Popen[bytes]") -> None:
+    for pid in [driver.pid, *_descendants(driver.pid)]:
+        with contextlib.suppress(ProcessLookupError):  # it ended with one that was killed before it
+            os.kill(pid, signal.SIGKILL)
+    driver.wait()
+
+
+def _directories(run: Path, pattern: str) -> set[str]:
+    """Names of checkpoints; one that is being written ends in .partial."""
+    return {path.name for path in (run / "checkpoints").glob(pattern)}
+
+
+@contextlib.contextmanager
+def _writing_locked(run: Path) -> Iterator[None]:
+    db = sqlite3.connect(run / "ledger.sqlite", isolation_level=None, timeout=LOCK_S)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+    finally:
+        db.close()
+
+
+def _lines(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def _steps(run: Path, before: int) -> int:
+    """The last step in the metrics beyond their first `before` lines."""
     metrics = run / "metrics.jsonl"
     if not metrics.exists():
         return 0
-    lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in metrics.read_text().splitlines(keepends=True)[before:] if line.endswith("\n")]
     return max((r["step"] for r in map(json.loads, lines) if r["kind"] == "step"), default=0)
 
 
-def _has_checkpoint(run: Path) -> bool:
-    db = sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True)
-    try:
-        return bool(db.execute("SELECT COUNT(*) FROM checkpoints").fetchone()[0])
-    finally:
-        db.close()
+def _named(run: Path) -> set[str]:
+    """Names of the checkpoints in the ledger, those included that it has given up."""
+    if not _directories(run, "step-*"):
+        return set()  # the ledger may have no tables yet
+    with LedgerReader(run / "ledger.sqlite") as ledger:
+        return {Path(row["path"]).name for row in ledger.rows("SELECT path FROM checkpoints")}
 
 
 def _descendants(pid: int) -> Iterator[int]:
@@ -163,7 +248,10 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _last(run: Path) -> Path:
-    return run / "checkpoints" / f"step-{STEPS:06d}"
+    last = last_checkpoint(RunDir(run))
+    assert last is not None
+    assert _step(Path(last).name) == STEPS
+    return Path(last)
 
 
 def contents(checkpoint: Path) -> dict[str, str]:
@@ -204,7 +292,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="distrl-sigkill-") as folder:
         found = compare(Path(folder), arguments.kills, arguments.seed)
     alone, killed = found.contents
-    print(f"{arguments.kills} SIGKILLs, after steps {found.killed_after} of {STEPS}; went back: {found.returned}")
+    print(
+        f"a SIGKILL before the ledger named the checkpoint of step {found.unnamed}, {arguments.kills} after steps "
+        f"{found.killed_after} of {STEPS}; went back: {found.returned}"
+    )
     for name in alone | killed:
         same = alone.get(name) == killed.get(name)
         print(f"{'equal    ' if same else 'DIFFERENT'} {killed.get(name)} {name}")

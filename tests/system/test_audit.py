@@ -16,6 +16,7 @@ from distrl.audit import Audit, Contract, audit
 from distrl.errors import StageError
 from distrl.ledger_reader import LedgerReader
 from distrl.sampling import SampleRequest
+from distrl.storage import Folder
 from distrl.tickets import ReturnCause, TicketState
 from tests.deploy.commands import call
 from tests.system.in_process import build, ticket_of
@@ -66,7 +67,7 @@ def copy(done: Path, tmp_path: Path) -> Path:
 
 
 def look(directory: Path, contract: Contract = CONTRACT) -> Audit:
-    return audit(directory / "ledger.sqlite", contract, lambda name: directory / "journal" / Path(name).name)
+    return audit(directory / "ledger.sqlite", contract, Folder(directory / "journal"))
 
 
 def change(directory: Path, *statements: str) -> None:
@@ -158,7 +159,7 @@ def test_a_damaged_checkpoint_is_found(done: Path) -> None:
     found = audit(
         done / "ledger.sqlite",
         CONTRACT,
-        lambda name: done / "journal" / Path(name).name,
+        Folder(done / "journal"),
         checkpoint_sha256=lambda name: "1" * 64,
     )
     assert [v.detail for v in found.violations] == [

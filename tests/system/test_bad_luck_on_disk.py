@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_starts_and_the_one_befo
     run_dir = finished_run(tmp_path)
     last, before = run_dir.checkpoints / "step-000002", run_dir.checkpoints / "step-000001"
     whole = checkpoint_sha256(last)
-    assert resumable(run_dir.path)[2] == last
+    assert resumable(run_dir.path)[2] == str(last)
     damage(last / name)
     ledger_bytes = run_dir.ledger.read_bytes()
 
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
 def test_a_checkpoint_that_a_crash_left_before_the_ledger_named_it_does_not_exist(tmp_path: Path) -> None:
     run_dir = finished_run(tmp_path)
     shutil.copytree(run_dir.checkpoints / "step-000002", run_dir.checkpoints / "step-000003")
-    assert last_checkpoint(run_dir) == run_dir.checkpoints / "step-000002"
+    assert last_checkpoint(run_dir) == str(run_dir.checkpoints / "step-000002")
     assert audit_run(run_dir.path).violations == ()
 
 

@@ -307,6 +307,8 @@ def test_a_grader_that_fails_drops_the_ticket_with_its_cause_and_never_gives_a_r
         assert system.ledger.drops()["grading_failed"] == 1
         row = system.ledger._db.execute("SELECT attempts, drop_detail, reward_mean FROM tickets WHERE ticket_id = 1")
         assert tuple(row.fetchone()) == (2, "the grader cannot read prompt 1", None)
+        # Two attempts failed, and after the first another one was made.
+        assert (await system.coordinator.snapshot(-1))["retries"]["grading"] == 1
 
     run(scenario())
 
@@ -326,6 +328,8 @@ def test_a_call_that_fails_once_is_made_again_and_the_ticket_is_trained(tmp_path
         assert {t.ticket_id for t in (await system.learn(1)).tickets} == {0, 1}
         row = system.ledger._db.execute("SELECT attempts FROM tickets WHERE ticket_id = 0").fetchone()
         assert row[0] == 1
+        retries = (await system.coordinator.snapshot(-1))["retries"]
+        assert retries == {"generation": 1, "grading": 0, "journal": 0}
 
     run(scenario())
 

@@ -83,7 +83,7 @@ def test_every_ticket_is_trained_once_and_committed_with_a_checkpoint(finished: 
         (step, 6) for step in range(1, 7)
     ]
     named = {Path(path).name for (path,) in query(finished, "SELECT path FROM checkpoints")}
-    assert named == {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
+    assert named == {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000004-v4", "step-000006-v6"}
 
 
 def test_staleness_stays_within_the_bound_and_weights_were_really_pulled(finished: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_export_holds_the_weights_of_the_last_published_version(finished: Pat
 def test_the_last_checkpoint_is_a_model_directory_that_transformers_loads(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory = finished / "checkpoints" / "step-000006"
+    directory = finished / "checkpoints" / "step-000006-v6"
     assert AutoModelForCausalLM.from_pretrained(directory, local_files_only=True) is not None
     assert AutoTokenizer.from_pretrained(directory, local_files_only=True).eos_token_id is not None
 
@@ -149,7 +149,8 @@ def test_a_synchronous_run_that_is_stopped_and_resumed_ends_with_the_weights_of_
     assert 2 <= stopped["steps"] < 5
     summaries.append(resume_training(parts.run_dir))
 
-    weights = [(c.run_dir / "checkpoints" / "step-000005" / "model.safetensors").read_bytes() for c in (whole, parts)]
+    last = [next((c.run_dir / "checkpoints").glob("step-000005-v*")) for c in (whole, parts)]
+    weights = [(directory / "model.safetensors").read_bytes() for directory in last]
     assert weights[0] == weights[1]
     for key in ("state", "steps", "rollouts", "heldout_accuracy_before", "heldout_accuracy_after", "tickets"):
         assert summaries[0][key] == summaries[1][key], key

@@ -20,6 +20,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_and_optimizer_of
     assert found.equal  # and nothing is missing in both
     assert found.violations == ()
     assert len(found.killed_after) == 1
+    assert found.unnamed % 2 == 0  # the step of a checkpoint that was complete, and not in the ledger
 
 
 def test_what_is_compared_are_the_numbers_of_a_checkpoint_and_not_how_it_was_written(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_full_disk_ends_the_run_drops_no_ticket_and_the_run_goes_on_when_there
         await system.learn(1)
         await system.checkpoint(1, version=1)
         with monkeypatch.context() as patched:
-            patched.setattr("actors.journal.os.fsync", full)
+            patched.setattr("distrl.storage.os.fsync", full)
             with pytest.raises(RunError) as error:
                 await learn_on(system, 2)
         assert "dropped" not in states(system)

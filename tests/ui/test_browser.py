@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import ipc
 
 from actors.recorder import Recorder
 from deploy.run_state import RunState, claim, write_state
 from deploy.ui.server import Server
 from distrl.messages import StepReport
+from distrl.tokenizer import character_tokenizer
 from tests.report.runs import GROUP, make_run
 
 pytestmark = pytest.mark.skipif(
@@ -123,6 +125,34 @@ def test_a_response_full_of_html_is_text_and_no_script_of_it_runs(browser: Any, 
         assert "alert('x')" in str(browser.page_source)
     assert "<script>alert('x')</script>" in text(browser, "main")
     shoot(browser, "attack")
+
+
+def test_a_prompt_full_of_html_is_text(browser: Any, serve: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path, steps=1)
+    html = "</pre><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b>&lt;"
+    tokenizer = character_tokenizer("".join(sorted(set(html))))
+    tokenizer.save_pretrained(tmp_path / "model")
+    tokens = tokenizer.encode(html)
+    for file in made.dir.journal.iterdir():
+        table = ipc.open_file(file).read_all()
+        # A response is its tokens, too: each becomes an element of the page.
+        rows = [
+            row | {"prompt_token_ids": tokens, "response_token_ids": tokens[: len(row["response_token_ids"])]}
+            for row in table.to_pylist()
+        ]
+        with ipc.new_file(file, table.schema) as writer:
+            writer.write_table(type(table).from_pylist(rows, schema=table.schema))
+    server = serve(made)
+    for path in ("rollouts", "rollout/p0.0.0", "rollouts?search=onerror"):
+        browser.get(server.url + path)
+        assert html in text(browser, "main"), path
+        assert not browser.find_elements("css selector", "main img, main b, main script")
+        assert browser.title != "owned"
+    assert text(browser, "#matching").endswith(f"of {len(made.drawn) * GROUP} rollouts")
+    browser.get(server.url + "rollout/p0.0.0")
+    length = made.drawn[0].tokens[0]
+    assert text(browser, "#response") == html[:length]
+    assert complaints(browser) == []
 
 
 def test_the_page_follows_a_run_and_says_when_it_has_ended(browser: Any, serve: Any, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_every_recorded_token_has_the_logp_of_the_checkpoint_that_its_version_wa
     compared: set[int] = set()
     for version in range(STEPS + 1):
         step = published[version] if version else 0
-        directory = finished / "checkpoints" / f"step-{step:06d}" if version else model
+        directory = finished / "checkpoints" / f"step-{step:06d}-v{version}" if version else model
         policy = load_model(directory, torch.float32)
         for row in rollouts(finished):
             tokens, named = row["response_token_ids"], row["policy_versions"]
