@@ -25,7 +25,8 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from deploy.scaling import scale_run
-from tests.system.nodes import NODE, WAIT_S, Driven, one_node_cluster, wait_until
+from tests.system.nodes import NODE, WAIT_S, Driven, driven, one_node_cluster
+from tests.system.test_resize import wait_until
 
 
 def measure(run: Driven, workers: int, happen: Callable[[], object]) -> dict[str, Any]:
@@ -45,28 +46,24 @@ def measure(run: Driven, workers: int, happen: Callable[[], object]) -> dict[str
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, one_node_cluster() as cluster:
-        run = Driven(Path(folder), cluster, learners=(1, 2))
-        try:
+    with tempfile.TemporaryDirectory() as folder, one_node_cluster() as cluster, driven(Path(folder), cluster) as run:
+        run.trains_on()
+
+        def show(event: str, workers: int, happen: Callable[[], object]) -> None:
+            print(json.dumps({"event": event, "workers": workers, **measure(run, workers, happen)}), flush=True)
             run.trains_on()
 
-            def show(event: str, workers: int, happen: Callable[[], object]) -> None:
-                print(json.dumps({"event": event, "workers": workers, **measure(run, workers, happen)}), flush=True)
-                run.trains_on()
-
-            nodes: list[Any] = []
-            show("node joins", 2, lambda: nodes.append(cluster.add_node(**NODE)))
-            show("request for 1", 1, lambda: scale_run(run.path, {"learners": 1}, WAIT_S))
-            show("request for 2", 2, lambda: scale_run(run.path, {"learners": 2}, WAIT_S))
-            show("worker killed", 2, lambda: os.kill(run.rows("learner")[-1]["pid"], signal.SIGKILL))
-            gcs = GcsClient(address=cluster.address)
-            preemption = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-            show("node announced", 1, lambda: gcs.drain_node(nodes[0].node_id, preemption, "it goes", 0))
-            cluster.remove_node(nodes[0])
-            show("node joins", 2, lambda: nodes.append(cluster.add_node(**NODE)))
-            show("node killed", 1, lambda: cluster.remove_node(nodes[1], allow_graceful=False))
-        finally:
-            run.end()
+        nodes: list[Any] = []
+        show("node joins", 2, lambda: nodes.append(cluster.add_node(**NODE)))
+        show("request for 1", 1, lambda: scale_run(run.path, {"learners": 1}, WAIT_S))
+        show("request for 2", 2, lambda: scale_run(run.path, {"learners": 2}, WAIT_S))
+        show("worker killed", 2, lambda: os.kill(run.rows("learner")[-1]["pid"], signal.SIGKILL))
+        gcs = GcsClient(address=cluster.address)
+        preemption = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        show("node announced", 1, lambda: gcs.drain_node(nodes[0].node_id, preemption, "it goes", 0))
+        cluster.remove_node(nodes[0])
+        show("node joins", 2, lambda: nodes.append(cluster.add_node(**NODE)))
+        show("node killed", 1, lambda: cluster.remove_node(nodes[1], allow_graceful=False))
 
 
 if __name__ == "__main__":

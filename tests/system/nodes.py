@@ -1,21 +1,32 @@
-"""A run on several Ray nodes of this machine, as a process of its own, for tests and benchmarks."""
+"""A run on several Ray nodes of this machine, as a process of its own, for tests and benchmarks.
 
+python -m tests.system.nodes      # nodes join, are announced to go, are killed
+"""
+
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+from deploy.audit import audit_run
 from deploy.learner import RESOURCE, train_environment
 from deploy.process_table import read_processes
 from deploy.run_dir import RunDir
+from deploy.scaling import scale_run
+from distrl.audit import Audit
 from distrl.config import dump_config
-from tests.system.test_resize import config, records, tiny_model, wait_until
+from tests.system.test_resize import TICKETS, config, records, tiny_model, wait_until
 
 WAIT_S = 180.0
 NODE = {"num_cpus": 2, "resources": {RESOURCE: 1}, "object_store_memory": 100 * 1024 * 1024}
@@ -105,4 +116,89 @@ class Driven:
         wait_until(is_further, WAIT_S)
 
 
-__all__ = ["NODE", "WAIT_S", "Driven", "one_node_cluster", "wait_until"]
+def joins(cluster: Cluster, run: Driven) -> Any:
+    """Another node with a learner worker and a grading actor on it."""
+    node = cluster.add_node(**NODE)
+    wait_until(run.learners(2), WAIT_S)
+    more = len(run.rows("grading"))
+    while node.node_id not in {r["node"] for r in run.rows("grading")}:  # Ray says where
+        more += 2
+        scale_run(run.path, {"grading": more}, WAIT_S)
+    run.trains_on()
+    return node
+
+
+def announced_node(cluster: Cluster, run: Driven) -> None:
+    """A node joins, is announced to go, and goes: no step is lost and no process replaced."""
+    wait_until(run.learners(1), WAIT_S)
+    run.trains_on()
+
+    announced = joins(cluster, run)
+    vacated = len(records(run.path, "vacated"))
+    goes_ms = int((time.time() + 60) * 1000)
+    preemption = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    accepted, cause = GcsClient(address=cluster.address).drain_node(announced.node_id, preemption, "it goes", goes_ms)
+    assert accepted, cause
+    wait_until(lambda: announced.node_id not in run.places(), WAIT_S)
+    wait_until(run.learners(1), WAIT_S)
+    cluster.remove_node(announced)
+    run.trains_on()
+    # Everything that was there had left before the node went: nothing was lost, and nobody replaced.
+    assert records(run.path, "rolled_back") == []
+    assert records(run.path, "restarted") == []
+    assert len(records(run.path, "vacated")) > vacated
+
+
+def killed_node(cluster: Cluster, run: Driven) -> None:
+    """A node joins without a step being lost, and is killed: the steps since the checkpoint are made again."""
+    before = len(records(run.path, "rolled_back"))
+    killed = joins(cluster, run)
+    assert len(records(run.path, "rolled_back")) == before  # it joined without a step being lost
+    cluster.remove_node(killed, allow_graceful=False)
+    wait_until(lambda: len(records(run.path, "rolled_back")) > before, WAIT_S)
+    wait_until(run.learners(1), WAIT_S)
+    run.trains_on()
+
+
+def judge(run: Driven) -> Audit:
+    """Stops the run and looks at what is left."""
+    run.run_dir.stop_request.touch()
+    assert run.driver.wait(WAIT_S) == 0
+    found = audit_run(run.path)
+    assert found.violations == (), found.violations
+    assert found.drops == {}
+    assert found.tickets["committed"] == TICKETS * found.committed_steps
+    steps = [r["step"] for r in records(run.path, "step")]
+    assert set(steps) >= set(range(1, found.committed_steps + 1))
+    # Steps since the checkpoint only, which is made every second step and named one or two steps later.
+    again = sum(steps.count(step) - 1 for step in set(steps))
+    assert again <= 4 * len(records(run.path, "rolled_back"))
+    return found
+
+
+@contextmanager
+def driven(folder: Path, cluster: Cluster) -> Iterator[Driven]:
+    """A run of its own; what it has written is shown where something fails."""
+    run = Driven(folder, cluster, learners=(1, 2))
+    try:
+        yield run
+    except BaseException:
+        print(run.said())
+        raise
+    finally:
+        run.end()
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder, one_node_cluster() as cluster, driven(Path(folder), cluster) as run:
+        for _ in range(2):
+            announced_node(cluster, run)
+        for _ in range(2):
+            killed_node(cluster, run)
+        found = judge(run)
+        print(json.dumps({"steps": found.committed_steps, "tickets": found.tickets, "returned": dict(found.returned)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
