@@ -107,8 +107,8 @@ study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quart
 study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
 	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
 
-study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three seeds, a quarter of an hour
-	@$(BIN)/python -m benchmarks.intransitive --steps 200
+study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three seeds; writes docs/studies/nash.md, half an hour
+	@$(BIN)/python -m benchmarks.intransitive $(ARGS)
 
 study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds, a quarter of an hour
 	@$(BIN)/python -m benchmarks.a_star_po

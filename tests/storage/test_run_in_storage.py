@@ -36,7 +36,7 @@ from tests.learners.test_checkpoint import save_tokenizer, trained
 from tests.storage.server import needs_server
 from tests.system import sigkill
 
-DEADLINE_S = 240.0
+DEADLINE_S = 300.0
 
 
 def _wait_for_checkpoint(run: Path, step: int, log: Path, driver: Any) -> None:
