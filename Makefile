@@ -79,8 +79,10 @@ fix: $(READY) ## Format and mend what ruff can
 sigkill: $(READY) ## Kill a run five times with SIGKILL, resume it, compare it with one left alone, minutes
 	@$(BIN)/python -m tests.system.sigkill --kills 5
 
-chaos: $(READY) ## Kill processes of every role of one run, 28 times, and audit it; minutes
+chaos: $(READY) ## Kill processes of every role of one run, 28 times, add, drain and kill nodes, cut networks, and audit; minutes
 	@$(BIN)/python -m tests.system.chaos --kills 28
+	@$(BIN)/python -m tests.system.nodes
+	@$(BIN)/python -m tests.system.partition
 
 simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, minutes
 	@$(BIN)/python -m tests.simulation.run 2000
