@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
+TRL_VENV := .venv-trl
+TRL_READY := $(TRL_VENV)/.ready
 S3_VENV := .venv-s3
 S3_READY := $(S3_VENV)/.ready
 
@@ -44,6 +46,14 @@ setup-s3: $(S3_READY) ## Make the environment with a server that speaks S3, for 
 
 setup-vllm: $(VLLM_READY) ## Make the environment with vLLM's CPU build
 
+$(TRL_READY): requirements/trl.lock
+	@echo "Installing TRL into $(TRL_VENV) (a minute or two, once)"
+	@$(PYTHON) -m venv $(TRL_VENV)
+	@$(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/trl.lock
+	@touch $@
+
+setup-trl: $(TRL_READY) ## Make the environment of the benchmark against TRL
+
 quickstart: $(READY) ## Train a tiny model to sort digits, a few minutes
 	@$(BIN)/distrl quickstart $(ARGS)
 
@@ -76,10 +86,18 @@ simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, mi
 	@$(BIN)/python -m tests.simulation.run 2000
 	@$(BIN)/python -m tests.simulation.run 300 --mutations
 
-bench: $(READY) ## Benchmarks; JSON lines
-	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
+bench: $(READY) $(TRL_READY) ## All benchmarks; JSON lines, most of an hour
+	@$(BIN)/python -m benchmarks.start_up --repetitions 3
+	@$(BIN)/python -m benchmarks.coordinator
+	@$(BIN)/python -m benchmarks.data_plane
+	@$(BIN)/python -m benchmarks.simulate
 	@$(BIN)/python -m benchmarks.generation
 	@$(BIN)/python -m benchmarks.weight_sync
+	@$(BIN)/python -m benchmarks.learner
+	@$(BIN)/python -m benchmarks.recovery
+	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
+	@$(BIN)/python -m benchmarks.efficiency --repetitions 1
+	@$(BIN)/python -m benchmarks.against_trl --trl $(TRL_VENV)/bin/python --repetitions 1 --race
 
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study
@@ -87,7 +105,13 @@ study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quart
 study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
 	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
 
-.PHONY: help setup study-off-policy setup-vllm setup-s3 quickstart test test-system test-vllm check fix chaos sigkill simulate bench study lock
+study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three seeds, a quarter of an hour
+	@$(BIN)/python -m benchmarks.intransitive --steps 200
+
+study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds, a quarter of an hour
+	@$(BIN)/python -m benchmarks.a_star_po
+
+.PHONY: help setup study-off-policy study-nash study-a-star-po setup-vllm setup-trl setup-s3 quickstart test test-system test-vllm check fix chaos sigkill simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

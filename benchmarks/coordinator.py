@@ -52,9 +52,29 @@ class InstantStage:
         n = self._group_size
         if method == "generate":
             version = self._version
-            return GenerationReceipt(args[0].ticket_id, n, 8 * n, version, version, 1000, 0.0, 0.0), NOTHING
+            receipt = GenerationReceipt(
+                ticket_id=args[0].ticket_id,
+                rollouts=n,
+                response_tokens=8 * n,
+                truncated=0,
+                versions=(version,),
+                bytes=1000,
+                started_s=0.0,
+                finished_s=0.0,
+            )
+            return receipt, NOTHING
         tickets = len(args) - 1
-        return GradingReceipt((n / 2,) * tickets, (n // 2,) * tickets, (n,) * tickets, 1000, 0.0, 0.0), NOTHING
+        graded = GradingReceipt(
+            reward_sums=(n / 2,) * tickets,
+            correct=(n // 2,) * tickets,
+            rollouts=(n,) * tickets,
+            components=({},) * tickets,
+            failures=(None,) * tickets,
+            bytes=1000,
+            started_s=0.0,
+            finished_s=0.0,
+        )
+        return graded, NOTHING
 
     async def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
         await asyncio.sleep(0)

@@ -180,10 +180,12 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
             "and learner never work at the same time there, and an asynchronous run needs that they do"
         )
     if p.mode != "separate" and config.train.device == "cuda":
-        raise ConfigError(
-            f"train.device must be cpu for placement.mode {p.mode}, got cuda; the learner takes a whole GPU and does "
-            "not share it: set placement.mode=separate"
-        )
+        for key, value, only in (("workers", config.train.workers, 1), ("parallel", config.train.parallel, "ddp")):
+            if value != only:
+                raise ConfigError(
+                    f"train.{key} must be {only} for placement.mode {p.mode} with train.device cuda, got {value}; "
+                    "there is one GPU, which has one learner: set placement.mode=separate"
+                )
     for key in ("gpu_memory_utilization", "enable_sleep_mode"):
         if p.mode != "separate" and key in config.generation.engine_args:
             raise ConfigError(
@@ -196,8 +198,11 @@ def check_placement(config: Config, samples: frozenset[Role]) -> None:
             f"{config.generation.tensor_parallel_size}; set placement.mode=separate"
         )
     actors = sum(generation_actors(config, samples).values())
-    if p.mode == "shared":
-        check_shares([Claim(f"generation-{i}", p.generation_share) for i in range(actors)])
+    if p.mode in ("shared", "turns"):
+        shares = [Claim(f"generation-{i}", p.generation_share) for i in range(actors)]
+        if p.mode == "shared" and config.train.device == "cuda":
+            shares.append(Claim("learner-0", p.learner_share))
+        check_shares(shares)
 
 
 def check_transport(config: Config) -> None:
@@ -351,6 +356,9 @@ def _places(config: Config, plan: RunPlan) -> list[str]:
         "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
         "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
     }
+    if config.train.device == "cuda":
+        how["shared"] += f", {p.learner_share:g} for the learner"
+        how["turns"] += ", and the learner while they sample"
     return [] if p.mode == "cpu" else [f"places    {how[p.mode]}"]
 
 

@@ -182,6 +182,7 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
         skipped_in_a_row=config.limits.skipped_steps_in_a_row,
         publish=config.lora.publish,
+        takes_turns=config.placement.mode == "turns" and t.device == "cuda",
         logp_check=LogpCheckSettings(
             # What the fake engine records is no model's.
             rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,
@@ -207,7 +208,9 @@ def make_trainer(config: Config, run_dir: RunDir, world: World) -> Trainer:
         add_adapters(model, LoraSettings(lora.rank, lora.alpha, lora.targets), config.run.seed)
     tokenizer = load_tokenizer(config.model.path)
     settings = loop_settings(config, run_dir)
-    return Trainer(model.to(world.device), tokenizer, build_recipe(config), settings, world)
+    if not settings.takes_turns:  # else generation may be on the device now
+        model = model.to(world.device)
+    return Trainer(model, tokenizer, build_recipe(config), settings, world)
 
 
 def worker_main(arguments: Mapping[str, Any]) -> None:
@@ -249,6 +252,8 @@ def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     torch.set_num_threads(config.run.threads_per_process)
     context = ray_train.get_context()
     world = World.join(context.get_world_rank(), context.get_world_size(), get_device())
+    if config.placement.mode == "shared" and world.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(config.placement.learner_share, world.device)
     trainer = make_trainer(config, run_dir, world)
 
     def report(metrics: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import ray
 
 from deploy.learner import RESOURCE, worker_main
+from deploy.placement import learner_gpus
 from deploy.run_dir import RunDir
 from deploy.run_storage import storage_at
 from distrl.config import Config
@@ -55,18 +56,18 @@ class RayTrainGroup:
 
         # Ray Train keeps its own state where every machine of the run sees it.
         filesystem, path = (storage_at(self._config.storage.uri, self._run_dir).folder / "ray_train").filesystem
-        cuda = self._config.train.device == "cuda"
+        gpus = learner_gpus(self._config)
         try:
             trainer = TorchTrainer(
                 worker_main,
                 train_loop_config=self._arguments,
                 scaling_config=ScalingConfig(
                     num_workers=workers,
-                    use_gpu=cuda,
-                    resources_per_worker={"CPU": 0, RESOURCE: 1, **({"GPU": 1} if cuda else {})},
+                    use_gpu=bool(gpus),
+                    resources_per_worker={"CPU": 0, RESOURCE: 1, **({"GPU": gpus} if gpus else {})},
                 ),
                 # Small messages and checkpoints stay on the CPU.
-                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
                 run_config=RunConfig(
                     name="learner",
                     storage_path=path,

@@ -30,21 +30,33 @@ GROUPS = {
 EVEN = 1e-4
 """The smallest share of a GPU that Ray counts."""
 
+LEARNERS_TURN = 0.5
+"""What a learner claims that takes turns with generation: for Ray both are there all the time."""
+
 
 def learner_claims(config: Config, workers: int | None = None) -> list[Claim]:
-    """What Ray Train claims for the learner's workers; it makes that reservation itself.
+    """What Ray Train claims for the learner's workers; it makes that reservation itself. See `learner_gpus`.
 
     Args:
         workers: so many instead of those of the config.
     """
     workers = config.train.workers if workers is None else workers
-    return [Claim(f"learner-{i}", 1.0) for i in range(workers if config.train.device == "cuda" else 0)]
+    gpus = learner_gpus(config)
+    return [Claim(f"learner-{i}", gpus) for i in range(workers if gpus else 0)]
+
+
+def learner_gpus(config: Config) -> float:
+    """What one learner worker claims of Ray's GPUs: a whole one where it does not share."""
+    if config.train.device != "cuda":
+        return 0.0
+    return {"shared": config.placement.learner_share, "turns": LEARNERS_TURN}.get(config.placement.mode, 1.0)
 
 
 def claims(config: Config, plan: RunPlan) -> list[Claim]:
     """What each generation actor claims of Ray's GPUs.
 
-    Processes that take turns all claim an equal part, whatever share of the memory each may use in its turn.
+    Actors that take turns with the learner all claim an equal part, whatever share of the memory each may use in its
+    turn; half is the learner's where it is on the GPU.
     """
     counts = generation_actors(config, plan.samples)
     names = [f"{GENERATION_STAGES[role]}-{i}" for role, n in counts.items() for i in range(n)]
@@ -56,7 +68,7 @@ def claims(config: Config, plan: RunPlan) -> list[Claim]:
         case "shared":
             return [Claim(name, config.placement.generation_share) for name in names]
         case "turns":
-            part = 1 / len(names) // EVEN * EVEN
+            part = (1 - learner_gpus(config)) / len(names) // EVEN * EVEN
             return [Claim(name, part) for name in names]
 
 

@@ -117,10 +117,12 @@ class PlacementConfig(_Section):
 
     mode: Literal["cpu", "separate", "shared", "turns"] = "cpu"
     """`cpu`: none gets one. `separate`: each has its own, a generation actor as many as it has parallel processes.
-    `shared`: side by side on one GPU, each with a share of its memory. `turns`: on one GPU, and generation gives its
-    memory back while the learner trains."""
+    `shared`: side by side on one GPU, each with a share of its memory. `turns`: on one GPU; generation gives its memory
+    back while the learner trains, and a learner with `train.device` `cuda` while generation samples."""
     generation_share: float = Field(0.5, gt=0, le=1)
     """Share of the GPU's memory that one generation actor may take, where a GPU is shared."""
+    learner_share: float = Field(0.4, gt=0, le=1)
+    """Share of the GPU's memory that the learner may take in mode `shared`, where `train.device` is `cuda`."""
     groups: bool = False
     """Whether generation, grading with environments, and reference actors each take one of Ray's resources
     `distrl_generation`, `distrl_grading` and `distrl_reference`, and so go to the nodes that have them, as the pods of

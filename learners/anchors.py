@@ -5,7 +5,7 @@ optimizer step. Anchors with the same upkeep are one copy. They are scored by pu
 forward pass, so that they need no model of their own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -77,6 +77,12 @@ class Anchors:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps and restores in place: by anchor its weights, and when they last changed."""
         return {name: {**self._weights[kept], STEP: self._changed[kept]} for name, kept in self._upkeep.items()}
+
+    def move(self, place: Callable[[Tensor], Tensor]) -> None:
+        """Puts the weights elsewhere; when they changed stays on the CPU."""
+        self._weights = {
+            kept: {name: place(tensor) for name, tensor in weights.items()} for kept, weights in self._weights.items()
+        }
 
     def changed(self, name: str) -> int:
         """The optimizer step after which an anchor last changed; 0 is the start."""

@@ -90,8 +90,9 @@ def train(
         tickets, staleness = batch
         received = clock()
         tensors = trainer.training_batch(tickets)
-        checked = trainer.check_logps(tensors, version, step)
-        result = trainer.step(tensors, step)
+        with trainer.on_device():
+            checked = trainer.check_logps(tensors, version, step)
+            result = trainer.step(tensors, step)
         done_s = clock()
         metrics = {**result.metrics, **checked}
         told = StepReport(step, received - began, done_s - received, last_publish_s, metrics, result.skipped)

@@ -1,6 +1,7 @@
 """One worker's part of an optimizer step."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from learners.gathering import whole_adapters, whole_tensors
 from learners.logp_check import LogpCheck, LogpCheckSettings
 from learners.optimizer import OptimizerSettings, clip_gradient, learning_rate, make_optimizer
 from learners.parallel import ParallelSettings, accumulating, parallelize, prepare_model
+from learners.turns import on_device
 from learners.world import World
 
 OPPONENT = weights_of(Role.OPPONENT)
@@ -48,6 +50,8 @@ class LoopSettings:
     parallel: ParallelSettings = ParallelSettings()  # noqa: RUF009  (frozen)
     skipped_in_a_row: int = 3
     publish: Publish = "merged"
+    takes_turns: bool = False
+    """Is on its device only where `Trainer.on_device` says."""
     storage: Folder | None = None
     """Where checkpoints are sent from there; None leaves them."""
 
@@ -65,8 +69,8 @@ class Trainer:
     """A worker's model, optimizer and objective.
 
     Args:
-        model: a Hugging Face causal language model with float32 parameters, on the worker's device, the same in every
-            worker; trained in place.
+        model: a Hugging Face causal language model with float32 parameters, on the worker's device or, with
+            `takes_turns`, on the CPU, the same in every worker; trained in place.
         tokenizer: of the model; saved with each checkpoint, gives the padding token.
         world: the worker's place in its group.
     Raises:
@@ -99,6 +103,12 @@ class Trainer:
         self._skipped = 0
 
     # Steps --------------------------------------------------------------------------------------------------------
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Steps and checks of log-probabilities go inside: a learner that takes turns is on its device only there."""
+        if not self._settings.takes_turns:
+            return nullcontext()
+        return on_device(self._world.device, self.policy, self.optimizer, self.anchors)
 
     def step(self, batch: TrainingBatch, step: int) -> StepResult:
         """One optimizer step on a global batch, which every worker gets; `step` is its number, the first is 1.

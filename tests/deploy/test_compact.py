@@ -14,6 +14,7 @@ from deploy.audit import audit_run
 from deploy.compact import compact_run
 from deploy.run_dir import RunDir
 from deploy.run_state import RunState, claim, read_state
+from deploy.ui.index import Filter, RolloutIndex, open_index
 from distrl.errors import LedgerError, RefusedError, RunError
 from distrl.ledger import Ledger, LedgerReader
 from distrl.storage import Folder
@@ -155,3 +156,30 @@ def test_a_journal_over_its_budget_refuses_names_the_remedy_and_writes_nothing(t
         " more to write; run distrl compact, or raise the limit in the run's config.yaml, then go on with distrl resume"
     )
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_index_of_rollouts_forgets_what_was_deleted_and_finds_the_rest_in_its_new_file(run_dir: RunDir) -> None:
+    index = open_index(run_dir)
+    before = index.refresh()
+    rows, matching = index.find(Filter(), limit=1000)
+    assert matching == before
+    committed = sum(row["state"] == "committed" for row in rows)
+    assert 0 < committed < before
+
+    compact_run(run_dir.path, drop_committed=False)
+    kept = index.refresh()
+    assert committed <= kept <= before  # those of tickets that were dropped or sampled again go
+    _check_files(run_dir, index)
+    compact_run(run_dir.path, drop_committed=True)
+    assert index.refresh() == kept - committed
+    _check_files(run_dir, index)
+    assert all(row["state"] != "committed" for row in index.find(Filter(), limit=1000)[0])
+    index.close()
+
+
+def _check_files(run_dir: RunDir, index: RolloutIndex) -> None:
+    for row in index.find(Filter(), limit=1000)[0]:
+        found = index.one(row["rollout_id"])
+        assert found is not None
+        assert Path(found["file"]).is_file()
+        assert Path(found["file"]).parent == run_dir.journal

@@ -10,14 +10,14 @@ import pytest
 import ray
 
 from deploy.check import check_placement, check_run, explain
-from deploy.placement import Reservation, check_cluster, claims, reserve
+from deploy.placement import Reservation, check_cluster, claims, learner_claims, reserve
 from deploy.remote.generation import engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError, DeadlineError
 from distrl.models import TinyArchitecture, make_tiny_model
-from distrl.placement import Claim
+from distrl.placement import Claim, Node, check_fits
 from distrl.schema import Role
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
@@ -90,6 +90,21 @@ def test_shared_actors_claim_their_share_and_those_that_take_turns_an_equal_part
     assert [c.gpus for c in claimed(**{"placement.mode": "turns", **keys})] == [pytest.approx(0.3333)] * 3
 
 
+def test_a_learner_claims_its_share_and_in_turns_half_for_all_of_it() -> None:
+    keys = {"train.device": "cuda", "generation.actors": 2, "placement.generation_share": 0.3}
+    shared = config(**{"placement.mode": "shared", **keys})
+    turns = config(**{"placement.mode": "turns", **keys})
+    assert learner_claims(shared) == [Claim("learner-0", 0.4)]
+    assert learner_claims(turns) == [Claim("learner-0", 0.5)]
+    plan: Any = Plan()
+    assert sum(c.gpus for c in [*claims(turns, plan), *learner_claims(turns)]) == pytest.approx(1, abs=1e-3)
+    for chosen in (shared, turns):
+        check_placement(chosen, SAMPLES)
+    # A second worker, as `distrl scale` asks for, can never be there.
+    with pytest.raises(ConfigError, match=r"^placement: the run needs 1\.4998 GPUs .* 0\.4998 too few"):
+        check_fits([*claims(turns, plan), *learner_claims(turns, 2)], [Node("a", 1)])
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -104,9 +119,24 @@ def test_shared_actors_claim_their_share_and_those_that_take_turns_an_equal_part
             "same time there, and an asynchronous run needs that they do",
         ),
         (
-            {"placement.mode": "turns", "train.device": "cuda"},
-            "train.device must be cpu for placement.mode turns, got cuda; the learner takes a whole GPU and does not "
-            "share it: set placement.mode=separate",
+            {"placement.mode": "turns", "train.device": "cuda", "train.workers": 2},
+            "train.workers must be 1 for placement.mode turns with train.device cuda, got 2; there is one GPU, which "
+            "has one learner: set placement.mode=separate",
+        ),
+        (
+            {"placement.mode": "shared", "train.device": "cuda", "train.parallel": "fsdp"},
+            "train.parallel must be ddp for placement.mode shared with train.device cuda, got fsdp; there is one GPU, "
+            "which has one learner: set placement.mode=separate",
+        ),
+        (
+            {"placement.mode": "shared", "train.device": "cuda", "placement.learner_share": 0.6},
+            "placement: the shares of the one GPU must add up to at most 1, got 1.1 (generation 0.5, learner 0.6), 0.1 "
+            "too much; lower a share or the number of actors",
+        ),
+        (
+            {"placement.mode": "turns", "generation.actors": 3},
+            "placement: the shares of the one GPU must add up to at most 1, got 1.5 (generation 3 x 0.5), 0.5 too "
+            "much; lower a share or the number of actors",
         ),
         (
             {"placement.mode": "shared", "generation.engine": "vllm", "generation.tensor_parallel_size": 2},

@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distrl.errors import RunError
 from distrl.models import load_model
-from learners.checkpoint import CheckpointWriter, TrainState, checkpoint_sha256, load_checkpoint
+from learners.checkpoint import CheckpointWriter, TrainState, checkpoint_name, checkpoint_sha256, load_checkpoint
 from learners.optimizer import OptimizerSettings, make_optimizer
 from learners.world import World
 from tests.builders import refusal
@@ -232,3 +232,18 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     assert message.startswith(
         f"checkpoint {tmp_path / 'step-7'}: the training state must be that of the model and the settings of the run: "
     )
+
+
+def test_a_checkpoint_never_writes_over_another_of_its_name(tmp_path: Path) -> None:
+    """The name has step and version, which is never used twice by one ledger; a ledger put back from a copy may."""
+    state = TrainState(step=2, version=5)
+    directory = tmp_path / checkpoint_name(state)
+    assert directory.name == "step-000002-v5"
+    first = write(directory, state)
+    model, optimizer = trained(seed=1, steps=3)
+    writer = CheckpointWriter(World(), save_tokenizer)
+    writer.begin(directory, model, model, optimizer, state)
+    again = writer.finished(wait=True)
+    assert again is not None
+    assert again.location == f"{directory}.2"
+    assert checkpoint_sha256(directory) == first != again.sha256 == checkpoint_sha256(Path(again.location))

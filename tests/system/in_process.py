@@ -128,6 +128,7 @@ def build(
     max_staleness: int = 1,
     on_stale: str = "wait",
     redraws: int = 3,
+    drop_abandoned: bool = False,
     generation_actors: int = 1,
     slots: int = 8,
     gate: Callable[[SampleRequest], Awaitable[None]] | None = None,
@@ -184,6 +185,7 @@ def build(
         evaluate_every_steps=evaluate_every_steps,
         keep_checkpoints=2,
         redraws=redraws,
+        drop_abandoned=drop_abandoned,
         turns=turns,
         opponents="opponent" in other_weights or Role.OPPONENT in own_actors,
     )

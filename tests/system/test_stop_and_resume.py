@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distrl.audit import Contract, audit
 from distrl.errors import LedgerError, RunError
 from distrl.ledger import Ledger
 from distrl.sampling import SampleRequest
@@ -250,3 +251,39 @@ def test_a_full_disk_ends_the_run_drops_no_ticket_and_the_run_goes_on_when_there
         ".arrow: cannot be written: No space left on device; make room, then go on with distrl resume"
     )
     assert len(set(run(second()))) == 4
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_rollouts_of_weights_that_were_left_are_trained_or_sampled_again_as_the_run_wants(
+    tmp_path: Path, drop: bool
+) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=6, tickets_per_step=1, max_staleness=2, slots=2, drop_abandoned=drop)
+        await system.coordinator.start()
+        await system.learn(1)
+        await system.checkpoint(1, version=1)
+        for step in (2, 3):
+            await system.learn(step)
+        # Some that wait were sampled by versions 2 and 3, which a learner that goes back to step 1 has left.
+        await until(lambda: states(system).get("ready", 0) >= 1 and not system.pipeline.generation.busy)
+        by = "SELECT DISTINCT ticket_id FROM ticket_versions JOIN tickets USING (ticket_id) WHERE version IN (2, 3)"
+        left = {r["ticket_id"] for r in system.ledger.rows(by)}
+        assert left
+        await system.restore(1)
+        trained = {}
+        for step in range(2, 7):
+            grant = await system.learn(step)
+            trained |= {t.ticket_id: t.staleness for t in grant.tickets}
+        given_up = {r["ticket_id"] for r in system.ledger.rows("SELECT * FROM returns WHERE cause = 'abandoned'")}
+        assert (given_up == left) if drop else (not given_up)
+        await system.coordinator.done.wait()
+        await system.checkpoint(6, version=max(system.ledger.versions()))
+        system.ledger.close()
+        found = audit(tmp_path / "ledger.sqlite", Contract(1, 2, finished=True, drop_abandoned=drop))
+        assert found.violations == ()
+        assert (found.off_branch_tickets == 0) is drop
+        if not drop:  # and a run that had promised to train none of them would be found out
+            strict = audit(tmp_path / "ledger.sqlite", Contract(1, 2, finished=True, drop_abandoned=True))
+            assert {v.rule for v in strict.violations} == {"staleness"}
+
+    run(scenario())

@@ -1,11 +1,15 @@
 """Generation and learner take turns on one device: never both at once, and nothing is lost at a change."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from actors.calls import LocalCaller
 from actors.engines.fake import FakeEngine
@@ -13,9 +17,17 @@ from actors.generation import Generation
 from actors.pool import Pool
 from actors.turns import Turns
 from distrl.errors import StageError
-from distrl.messages import BatchGrant
+from distrl.messages import BatchGrant, Manifest, StepReport
+from distrl.objectives import build as build_recipe
 from distrl.sampling import SampleRequest
-from tests.system.in_process import PARAMS, Digits, build, states
+from learners.checkpoint import TrainState
+from learners.logp_check import LogpCheckSettings
+from learners.loop import train
+from learners.optimizer import OptimizerSettings
+from learners.trainer import LoopSettings, Trainer
+from learners.world import World
+from tests.learners.workers import Tokenizer, make_model
+from tests.system.in_process import PARAMS, Digits, InProcessRun, build, send, states
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -64,6 +76,113 @@ def test_the_learner_gets_no_batch_before_the_first_evaluation_has_left_the_devi
         gate.set()
         assert isinstance(await asked, BatchGrant)
         assert system.engines[0].asleep
+
+    run(scenario())
+
+
+@dataclass
+class Bridge:
+    """A training loop in a thread of its own, which calls the coordinator in the loop of the test."""
+
+    system: InProcessRun
+    loop: asyncio.AbstractEventLoop
+
+    def _ask(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
+
+    def next_batch(self, step: int) -> Any:
+        grant = self._ask(self.system.coordinator.next_batch(step))
+        if not isinstance(grant, BatchGrant):
+            return grant
+        return [(t.generation.value, t.grading.value, None) for t in grant.tickets], {  # type: ignore[attr-defined]
+            t.ticket_id: t.staleness for t in grant.tickets
+        }
+
+    def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
+        return int(self._ask(self.system.coordinator.trained(report, dict(staleness))))
+
+    def restored(self, state: TrainState) -> int:
+        raise AssertionError("nothing is restored here")
+
+    def publish(self, manifest: Manifest, tensors: Mapping[str, Tensor], *, again: bool = False) -> None:
+        async def publish() -> None:
+            await send(self.system.store, tensors, version=manifest.version, step=manifest.step)
+            await self.system.coordinator.published(manifest.version, manifest.step, manifest.sha256)
+
+        self._ask(publish())
+
+    def commit_checkpoint(self, path: Path, state: TrainState, sha256: str) -> None:
+        self._ask(self.system.coordinator.commit_checkpoint(str(path), state.step, state.version, sha256))
+
+
+class OneDevice:
+    """A pretended device: refuses whoever comes while somebody else is on it, and keeps who came."""
+
+    def __init__(self) -> None:
+        self.on_it = "generation"
+        self.came: list[str] = []
+
+    def take(self, who: str) -> None:
+        assert self.on_it in ("nobody", who), f"{who} came while {self.on_it} was there"
+        self.on_it = who
+        self.came.append(who)
+
+    def leave(self, who: str) -> None:
+        assert self.on_it == who
+        self.on_it = "nobody"
+
+
+class OnDevice(Trainer):
+    """A trainer that tells the pretended device of its coming and going."""
+
+    device: OneDevice
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        self.device.take("learner")
+        with super().on_device():
+            yield
+        self.device.leave("learner")
+
+
+def test_a_learner_on_the_device_and_the_engines_on_it_are_never_there_at_the_same_time(tmp_path: Path) -> None:
+    """The training loop, the coordinator and the objects they move are the real ones; engine and device are not."""
+
+    async def scenario() -> None:
+        system = build(tmp_path / "run", steps=3, tickets_per_step=4, max_staleness=0, turns=True)
+        device = OneDevice()
+        (engine,) = system.engines
+        sleep, wake = engine.sleep, engine.wake
+
+        async def leave() -> None:
+            await sleep()
+            device.leave("generation")
+
+        async def come() -> None:
+            device.take("generation")
+            await wake()
+
+        engine.sleep, engine.wake = leave, come  # type: ignore[method-assign]
+        settings = LoopSettings(
+            steps=3,
+            temperature=1.0,
+            micro_batch_tokens=64,
+            checkpoint_every_steps=2,
+            checkpoints=tmp_path / "checkpoints",
+            optimizer=OptimizerSettings(1e-2, 0, 0.0, (0.9, 0.95), 1.0),
+            logp_check=LogpCheckSettings(0, 1.0, 0, "keep", 1.0),
+            takes_turns=True,
+        )
+        trainer = OnDevice(make_model(torch.float32), Tokenizer(), build_recipe("topr"), settings)
+        trainer.device = device
+        await system.coordinator.start()
+        bridge = Bridge(system, asyncio.get_running_loop())
+        await asyncio.to_thread(train, trainer, settings, bridge, World(), None, lambda metrics: None)
+        await system.coordinator.done.wait()
+        # Each step once, with sampling before each and the last evaluation after the last.
+        assert device.came == ["learner", "generation"] * 3
+        assert states(system) == {"committed": 12}
+        assert engine.loads == [1, 2, 3]
 
     run(scenario())
 
