@@ -79,8 +79,10 @@ fix: $(READY) ## Format and mend what ruff can
 sigkill: $(READY) ## Kill a run five times with SIGKILL, resume it, compare it with one left alone, minutes
 	@$(BIN)/python -m tests.system.sigkill --kills 5
 
-chaos: $(READY) ## Kill processes of every role of one run, 28 times, and audit it; minutes
+chaos: $(READY) ## Kill processes of every role of one run, 28 times, add, drain and kill nodes, cut networks, and audit; minutes
 	@$(BIN)/python -m tests.system.chaos --kills 28
+	@$(BIN)/python -m tests.system.nodes
+	@$(BIN)/python -m tests.system.partition
 
 simulate: $(READY) ## 2,000 seeded schedules of faults under a virtual clock, minutes
 	@$(BIN)/python -m tests.simulation.run 2000
@@ -105,8 +107,8 @@ study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quart
 study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes docs/studies/off_policy.md, half an hour
 	@$(BIN)/python -m benchmarks.off_policy $(ARGS)
 
-study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three seeds, a quarter of an hour
-	@$(BIN)/python -m benchmarks.intransitive --steps 200
+study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three seeds; writes docs/studies/nash.md, half an hour
+	@$(BIN)/python -m benchmarks.intransitive $(ARGS)
 
 study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds, a quarter of an hour
 	@$(BIN)/python -m benchmarks.a_star_po

@@ -1,13 +1,14 @@
 """Nash-MP on a preference without a best answer: three styles that beat each other in a circle.
 
-    python -m benchmarks.intransitive [--seeds 0 1 2] [--steps 120] [--runs runs/intransitive]
+    python -m benchmarks.intransitive [--seeds 0 1 2] [--steps 200] [--runs runs/intransitive]
 
 A response is one letter, its style: a beats b, b beats c, c beats a, and anything else loses. The reference answers
 with a, b and c in unequal shares; the equilibrium of the game that is regularized towards it is known exactly
 (`distrl.tabular.nash_equilibrium`), prompt by prompt. The real engine, stages, objective and learner train in one
 process, synchronously. Prints a JSON line per arm: the distance KL(equilibrium || policy) over steps, and how often
-the trained policy beats the start, with a 95% interval. Ends with status 1 where Nash-MP does not end within half of
-the start's distance from the equilibrium, does not beat the start, or self-play ends as close.
+the trained policy beats the start, with a 95% interval; writes docs/studies/nash.md with a plot. Ends with status 1
+where Nash-MP does not stay within half of the start's distance from the equilibrium over the last five points, does not
+beat the start, or self-play ends as close.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from actors.generation import Generation
 from actors.grading import Grading
 from actors.reference import Reference
 from actors.scoring import model_scorer
+from benchmarks.intransitive_page import LAST, write
 from benchmarks.lagged import make_trainer
 from deploy.check import check_graders
 from deploy.remote.generation import ModelText
@@ -236,16 +238,17 @@ def run_arm(name: str, seed: int, steps: int, every: int, model_path: Path, data
 def faults(results: Sequence[dict[str, Any]]) -> list[str]:
     """What the runs do not show."""
     found = []
-    rest = {r["seed"]: r["distance"][-1] for r in results if r["arm"] == "self-play"}
+    rest = {r["seed"]: min(r["distance"][-LAST:]) for r in results if r["arm"] == "self-play"}
     for result in results:
         if result["arm"] == "self-play":
             continue
         who = f"{result['arm']}, seed {result['seed']}"
-        if result["distance"][-1] > 0.5 * result["distance"][0]:
-            found.append(f"{who}: ends {result['distance'][-1]:.4f} from the equilibrium")
+        farthest = max(result["distance"][-LAST:])
+        if farthest > 0.5 * result["distance"][0]:
+            found.append(f"{who}: is {farthest:.4f} from the equilibrium near its end")
         if result["win_rate_against_start"]["low"] <= 0.5:
             found.append(f"{who}: does not beat the start")
-        if rest.get(result["seed"], math.inf) <= result["distance"][-1]:
+        if rest.get(result["seed"], math.inf) <= farthest:
             found.append(f"{who}: self-play is as close to the equilibrium")
     return found
 
@@ -254,10 +257,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--runs", type=Path, default=Path("runs/intransitive"))
+    parser.add_argument("--page-only", action="store_true", help="write the page from the numbers beside it")
     arguments = parser.parse_args()
+    if arguments.page_only:
+        write(None, arguments.every)
+        return
     model, data = make_model(arguments.runs.absolute())
     results = []
     for seed in arguments.seeds:
@@ -265,6 +272,7 @@ def main() -> None:
             results.append(run_arm(arm, seed, arguments.steps, arguments.every, model, data))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "points"}), flush=True)
             print(json.dumps(results[-1]["points"][-1]), file=sys.stderr, flush=True)
+    write(results, arguments.every)
     if shown := faults(results):
         sys.exit("; ".join(shown))
 

@@ -18,7 +18,8 @@ class RayTrainGroup:
     """The workers, on Ray Train V2; `fit` runs in a thread, so that the terminal stays alive.
 
     A worker that dies is started again by Ray Train, and with it the whole group, as often as it takes: the supervisor
-    counts and ends the run when it is too often. What the workers go on from the coordinator says, not Ray Train.
+    counts and ends the run when it is too often. An elastic group (`train.max_workers`) fails instead, so that the
+    next one can be of another size. What the workers go on from the coordinator says, not Ray Train.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, coordinator: Any, store: Any) -> None:
@@ -57,6 +58,7 @@ class RayTrainGroup:
         # Ray Train keeps its own state where every machine of the run sees it.
         filesystem, path = (storage_at(self._config.storage.uri, self._run_dir).folder / "ray_train").filesystem
         gpus = learner_gpus(self._config)
+        again = -1 if self._config.train.max_workers is None else 0
         try:
             trainer = TorchTrainer(
                 worker_main,
@@ -72,7 +74,7 @@ class RayTrainGroup:
                     name="learner",
                     storage_path=path,
                     storage_filesystem=filesystem,
-                    failure_config=FailureConfig(max_failures=-1),
+                    failure_config=FailureConfig(max_failures=again, controller_failure_limit=again),  # type: ignore[call-arg]
                 ),
             )
             self._status = GroupStatus.RUNNING

@@ -42,6 +42,10 @@ class Processes(Protocol):
         """Handles of the processes of which there is one each."""
         ...
 
+    def stays(self, stage: str) -> bool:
+        """Whether processes of a stage cannot be started elsewhere, because their GPUs were reserved at the start."""
+        ...
+
     def probe(self, handle: Any) -> Any:
         """Asks a process where it is; see `answer`."""
         ...
@@ -132,6 +136,9 @@ class RayProcesses:
             case "reference":
                 return self._make(ReferenceActor, options, self._config)
         raise RunError(f"a process must be one of a stage that the run has, got {stage}")
+
+    def stays(self, stage: str) -> bool:
+        return bool(self._reservation.options(stage))
 
     def probe(self, handle: Any) -> Any:
         return handle.whereabouts.remote()

@@ -11,10 +11,11 @@ from deploy.check import RunPlan, check_run
 from deploy.checkpoints import last_checkpoint, remove_unnamed
 from deploy.coordinator_line import CoordinatorLine
 from deploy.learner_group import RayTrainGroup
-from deploy.learner_watch import LearnerWatch
+from deploy.learner_watch import LearnerWatch, Size
 from deploy.metrics.boards import check_wandb
 from deploy.metrics.endpoint import check_port
 from deploy.metrics.run import RunMetrics
+from deploy.nodes import Nodes
 from deploy.placement import check_learners, reserve
 from deploy.processes import RayProcesses
 from deploy.progress import Progress, Silent
@@ -129,8 +130,10 @@ def _run_actors(
     line = CoordinatorLine(processes.coordinator)
     supervisor = Supervisor(processes, line.tell, wanted(config, plan), config.limits)
     group = RayTrainGroup(config, run_dir, processes.coordinator, processes.store)
-    learners = LearnerWatch(group, line.tell, supervisor.learner_left, config.train.workers, config.train.steps)
-    learners.start()
+    learners = LearnerWatch(
+        group, line.tell, supervisor.learner_left, supervisor.learner_failed, Size.of(config.train), config.train.steps
+    )
+    learners.start(Nodes().look())
     check = partial(check_learners, config, plan)
     try:
         return Watch(config, run_dir, supervisor, line, learners, progress, metrics, check).until_the_end()

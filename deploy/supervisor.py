@@ -16,6 +16,10 @@ PROBE_S = 1.0
 """Seconds between an answer and the next question; a call that fails tells of a death sooner."""
 
 
+HAND_BACK_S = 5.0
+"""Seconds before a node goes at which what is unfinished there is given to others."""
+
+
 class State(StrEnum):
     STARTING = "starting"
     UP = "up"
@@ -68,8 +72,8 @@ class Supervisor:
             name: Process(name, name, name, handle, State.STARTING, 0.0) for name, handle in processes.unique().items()
         }
         self._notes: list[tuple[str, str]] = []
+        self._proven: set[str] = set()
         self._restarts: Counter[str] = Counter()
-        self._learner_starts = 0
         self._learner_pid: tuple[str, int] | None = None
         self._learner_left = False
         self._counts: dict[str, int] = {}
@@ -121,6 +125,44 @@ class Supervisor:
     def learner_left(self) -> None:
         """The learner's processes ended because they were asked to: the next ones replace nobody."""
         self._learner_left = True
+
+    def learner_failed(self, cause: str) -> float:
+        """The learner's group failed and another one is to begin; seconds to wait before.
+
+        Raises:
+            RunError: that is one too many.
+        """
+        delay_s = self._spend("learner", "learner", cause)
+        self._note("restarted", f"learner: another group begins in {delay_s:g} s: {cause}")
+        self._learner_left = True
+        return delay_s
+
+    def vacate(self, going: Mapping[str, float | None], time_s: float) -> None:
+        """Moves processes away from nodes that are about to go: others start elsewhere, and they hand back their work.
+
+        They get nothing new and finish what they have; what they have not finished shortly before their node goes is
+        given to others. Ray starts nothing on such a node.
+
+        Args:
+            going: nodes by id, with the time at which they go, None where nobody knows.
+            time_s: now, in the seconds of these times.
+        """
+        for process in self.processes():
+            if process.where is None or process.where.node not in going:
+                continue
+            if process.slot in self._unique:
+                if process.state == State.UP:
+                    self._note("vacated", f"{process.name}: its node goes; it is started again elsewhere")
+                    process.state, process.since_s, process.question = State.STARTING, self._now, None
+                    self._processes.end(process.handle, restart=True)
+            elif process.state == State.UP and not self._processes.stays(process.stage):
+                self._note("vacated", f"{process.name}: its node goes; another one starts elsewhere")
+                self.drain(process)
+                self.scale(process.stage, self._counts[process.stage])
+            elif process.state == State.DRAINING:
+                goes_s = going[process.where.node]
+                if goes_s is not None and time_s > goes_s - HAND_BACK_S:
+                    self._forget(process, "its node goes; what it has is given to others")
 
     # One look ---------------------------------------------------------------------------------------------------
 
@@ -219,15 +261,17 @@ class Supervisor:
         process.where = where
         if process.state == State.STARTING:
             process.state, process.since_s = State.UP, self._now
+            self._proven.add(process.stage)
 
     def _check_late(self, process: Process) -> None:
         starting = process.state == State.STARTING
         limit = self._limits.start_timeout_s if starting else self._limits.liveness_timeout_s
         if self._now - process.asked_s <= limit:
             return
-        if starting:
+        if starting and not self._is_proven(process):
             raise DeadlineError(f"{process.name} must be up within limits.start_timeout_s = {limit:g} s")
-        cause = f"it must answer within limits.liveness_timeout_s = {limit:g} s, it did not"
+        key = "start_timeout_s" if starting else "liveness_timeout_s"
+        cause = f"it must answer within limits.{key} = {limit:g} s, it did not"
         if process.slot in self._unique:
             process.question = None
             self._processes.end(process.handle, restart=True)
@@ -238,7 +282,7 @@ class Supervisor:
     # Replacing --------------------------------------------------------------------------------------------------
 
     def _ended(self, process: Process, cause: str) -> None:
-        if process.state == State.STARTING and process.restarts == 0:
+        if process.state == State.STARTING and process.restarts == 0 and not self._is_proven(process):
             # Nobody has seen it work: the config, the model or the machine is at fault, and the next would fail too.
             raise RunError(f"{process.name} could not start: {cause}")
         if process.slot in self._unique:
@@ -247,6 +291,10 @@ class Supervisor:
             self._forget(process, cause)
         else:
             self._replace(process, cause)
+
+    def _is_proven(self, process: Process) -> bool:
+        """Whether one of its stage has worked: then one that does not come up is its node's fault."""
+        return process.slot not in self._unique and process.stage in self._proven
 
     def _replace(self, process: Process, cause: str) -> None:
         delay_s = self._spend(process.stage, process.slot, cause)

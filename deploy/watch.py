@@ -8,6 +8,7 @@ from deploy.coordinator_line import CoordinatorLine
 from deploy.interrupt import stop_on_interrupt
 from deploy.learner_watch import LearnerWatch
 from deploy.metrics.run import RunMetrics
+from deploy.nodes import Nodes
 from deploy.process_table import write_processes
 from deploy.progress import Progress
 from deploy.run_dir import RunDir
@@ -44,6 +45,7 @@ class Watch:
         self._line = line
         self._learners = learners
         self._check_counts = check_counts
+        self._nodes = Nodes()
         self._progress = progress
         self._stall = StallWatch(config.limits.stall_warning_s)
         self._seen = -1
@@ -73,11 +75,13 @@ class Watch:
         snapshot = self._line.snapshot(self._seen)
         self._line.check()
         now = time.monotonic()
+        nodes = self._nodes.look()
         asked = self._take_request()
+        self._supervisor.vacate({node.node_id: node.goes_s for node in nodes if node.drains}, time.time())
         self._supervisor.tick(snapshot, now)
         if snapshot is not None and not (snapshot["failed"] and snapshot["started"]):
-            self._learners.look(snapshot)
-        write_processes(self._run_dir, self._supervisor.processes(), self._learners.workers())
+            self._learners.look(snapshot, nodes, now)
+        write_processes(self._run_dir, self._supervisor.processes(), self._learners.workers(nodes))
         if asked:
             done(self._run_dir)
         if snapshot is None:

@@ -223,6 +223,9 @@ class TrainConfig(_Section):
 
     workers: int = Field(1, ge=1)
     """Processes that train together, each with a part of every batch."""
+    max_workers: int | None = Field(None, ge=1)
+    """Elastic learner: as many workers as the cluster's nodes have room for, from `train.workers` to this many, also
+    when nodes come and go during the run; empty keeps `train.workers`."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds the model and the optimizer's state; `fsdp`: each holds a part of them (FSDP2)."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -382,6 +385,16 @@ class Config(_Section):
             raise ValueError(
                 f"generation.slots must be >= rollout.group_size ({self.rollout.group_size}), got "
                 f"{self.generation.slots}; a ticket's responses are sampled together"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_range(self) -> "Config":
+        t = self.train
+        if t.max_workers is not None and t.max_workers <= t.workers:
+            raise ValueError(
+                f"train.max_workers must be > train.workers ({t.workers}), got {t.max_workers}; leave it out for a "
+                "learner whose number of workers stays as it is"
             )
         return self
 

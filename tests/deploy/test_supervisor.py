@@ -18,6 +18,7 @@ class Handle:
     name: str
     pid: int
     state: str = "up"  # up, silent, away or dead
+    node: str = "node"
 
 
 class FakeProcesses:
@@ -36,6 +37,9 @@ class FakeProcesses:
         self.made[name] = Handle(name, 100 + len(self.started))
         return self.made[name]
 
+    def stays(self, stage: str) -> bool:
+        return stage == "reserved"
+
     def probe(self, handle: Handle) -> Handle:
         return handle
 
@@ -47,12 +51,13 @@ class FakeProcesses:
                 raise InterruptedError("socket closed")
             case "silent":
                 return None
-        return Whereabouts(question.pid, "here", "node", 0)
+        return Whereabouts(question.pid, "here", question.node, 0)
 
     def end(self, handle: Handle, restart: bool = False) -> None:
         self.ended.append(handle.name)
         if restart:
             handle.pid += 1000
+            handle.node = "node"
 
 
 @dataclass
@@ -253,3 +258,69 @@ def test_scaling_up_adds_processes_under_new_names() -> None:
     system.run()
     assert set(system.coordinator.members) == {"grading-0", "grading-1", "grading-2"}
     assert [p.state for p in system.supervisor.processes()].count(State.UP) == 6
+
+
+def test_processes_leave_a_node_that_is_about_to_go_and_others_start_elsewhere() -> None:
+    system = System({"generation": 2, "grading": 1})
+    for name in ("generation-1", "policy-store"):
+        system.handle(name).node = "spot"
+    system.run()
+    system.coordinator.members["generation-1"]["busy"] = 2
+    for _ in range(3):
+        system.supervisor.vacate({"spot": None}, 0.0)
+        system.run(1)
+    assert set(system.coordinator.members) == {"generation-0", "generation-1", "generation-2", "grading-0"}
+    assert system.coordinator.members["generation-1"]["draining"]
+    assert system.processes.ended == ["policy-store"]
+    system.coordinator.members["generation-1"]["busy"] = 0
+    system.run(1)
+    assert system.processes.ended == ["policy-store", "generation-1"]
+    assert set(system.coordinator.members) == {"generation-0", "generation-2", "grading-0"}
+
+
+def test_what_is_unfinished_shortly_before_the_node_goes_is_given_to_others() -> None:
+    system = System({"generation": 1})
+    system.handle("generation-0").node = "spot"
+    system.run()
+    system.coordinator.members["generation-0"]["busy"] = 2
+    system.supervisor.vacate({"spot": 100.0}, 94.0)
+    system.run(1)
+    system.supervisor.vacate({"spot": 100.0}, 94.9)
+    system.run(1)
+    assert system.processes.ended == []
+    system.supervisor.vacate({"spot": 100.0}, 95.1)
+    assert system.processes.ended == ["generation-0"]
+    assert system.coordinator.members.keys() == {"generation-1"}
+
+
+def test_processes_with_reserved_gpus_stay_until_their_node_is_gone() -> None:
+    system = System({"reserved": 1})
+    system.handle("reserved-0").node = "spot"
+    system.run()
+    system.supervisor.vacate({"spot": None}, 0.0)
+    system.run()
+    assert system.processes.started == ["reserved-0"]
+    assert not system.coordinator.members["reserved-0"]["draining"]
+
+
+def test_an_elastic_learner_that_fails_spends_of_the_same_budget_and_its_successor_does_not() -> None:
+    system = System({"generation": 1}, restarts=1)
+    system.coordinator.learner = Whereabouts(1, "here", "node", 0)
+    system.run()
+    assert system.supervisor.learner_failed("a node is gone") == 0
+    system.run()
+    system.coordinator.learner = Whereabouts(2, "here", "node", 1)
+    system.run()
+    assert system.coordinator.notes == ["restarted: learner: another group begins in 0 s: a node is gone"]
+    with pytest.raises(RunError, match="it ended because: a node is gone"):
+        system.supervisor.learner_failed("a node is gone")
+
+
+@pytest.mark.parametrize("how", ["dead", "silent"])
+def test_one_of_a_stage_that_has_worked_is_replaced_where_its_node_goes_before_it_is_up(how: str) -> None:
+    system = System({"generation": 1}, start_timeout_s=20)
+    system.run()
+    system.supervisor.scale("generation", 2)
+    system.handle("generation-1").state = how
+    system.run(30)
+    assert set(system.coordinator.members) == {"generation-0", "generation-1.1"}

@@ -36,7 +36,7 @@ from tests.learners.test_checkpoint import save_tokenizer, trained
 from tests.storage.server import needs_server
 from tests.system import sigkill
 
-DEADLINE_S = 240.0
+DEADLINE_S = 300.0
 
 
 def _wait_for_checkpoint(run: Path, step: int, log: Path, driver: Any) -> None:
@@ -243,6 +243,7 @@ def test_a_folder_that_a_machine_does_not_see_is_refused(tmp_path: Path) -> None
         "to object storage, such as s3://bucket/runs, or to a volume that all of them share"
     )
     assert list(tmp_path.iterdir()) == []
+    check_seen(tmp_path, "storage.uri", nodes, lambda node, mark: None)  # one that is gone is in nobody's way
 
 
 def test_the_newest_copy_is_taken_by_step_and_version() -> None:
