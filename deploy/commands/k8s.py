@@ -22,7 +22,7 @@ k8s = typer.Typer(
 def render(config: ConfigPath, overrides: Overrides = None, overlay: Overlay = "cpu", settings: Set = None) -> None:
     """Print the objects of a run as YAML, the same bytes each time; starts nothing.
 
-    Example: distrl k8s render examples/jsonl.yaml run.name=first --overlay gpu --set image=distrl:0.1.0-cpu
+    Example: distrl k8s render examples/jsonl.yaml run.name=first --set image=distrl:0.1.0-cpu
     """
     from deploy.k8s.objects import to_yaml
 

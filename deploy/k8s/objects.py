@@ -5,9 +5,20 @@ from typing import Any
 import yaml
 
 from deploy.k8s.network import network_policies
-from deploy.k8s.pods import COMPONENT, CONTAINER_SECURITY, INSTANCE, NAME, RUN_FOLDER, labels, ray_pod, submitter_pod
+from deploy.k8s.pods import (
+    COMPONENT,
+    CONTAINER_SECURITY,
+    INSTANCE,
+    NAME,
+    RUN_FOLDER,
+    SHARED_FOLDER,
+    labels,
+    ray_pod,
+    submitter_pod,
+)
 from deploy.k8s.values import RAY_VERSION, GroupValues, KubernetesValues, processes, run_name
 from distrl.config import Config, make_config
+from distrl.errors import ConfigError
 from distrl.masking import mask
 
 Json = dict[str, Any]
@@ -28,7 +39,11 @@ def groups_of(values: KubernetesValues) -> dict[str, GroupValues]:
 def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
     """The objects in the order in which they are applied.
 
-    The run's directory is put on the block volume, and its metrics are served to the cluster's Prometheus.
+    The run's directory is put on the block volume, what it must not lose on the volume that all pods share where its
+    config names no object storage, and its metrics are served to the cluster's Prometheus.
+
+    Raises:
+        ConfigError: the name or the storage is none for a cluster.
     """
     run = run_name(config)
     # Whether the objective needs reference scoring is known only where the model is: the group is always there.
@@ -39,6 +54,7 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
         config.model_dump(mode="json"),
         [
             f"run.dir={RUN_FOLDER}",
+            f"storage.uri={storage_uri(config, values)}",
             "metrics.host=0.0.0.0",
             f"metrics.port={values.metrics_port}",
             "placement.groups=true",
@@ -78,6 +94,30 @@ def run_objects(config: Config, values: KubernetesValues) -> list[Json]:
     objects.append(_pod_monitor(run, values))
     objects.append(_ray_job(run, groups, values, config, autoscaled=autoscaled))
     return objects
+
+
+def storage_uri(config: Config, values: KubernetesValues) -> str:
+    """Where journal, checkpoints and copies of the ledger go: a place that every pod sees.
+
+    Raises:
+        ConfigError: it is another folder of the pods, or object storage that no pod may reach.
+    """
+    uri = config.storage.uri
+    if uri is None:
+        return f"{SHARED_FOLDER}/runs"
+    if uri.startswith(f"{SHARED_FOLDER}/"):
+        return uri
+    if "://" not in uri or uri.startswith("file:"):
+        raise ConfigError(
+            f"storage.uri must be object storage, or lie in {SHARED_FOLDER}, the volume that all pods share, got "
+            f"{uri!r}; leave it empty for {SHARED_FOLDER}/runs"
+        )
+    if not values.object_storage_cidr:
+        raise ConfigError(
+            f"--set object_storage_cidr=... is required where storage.uri is object storage, got none for {uri!r}: the "
+            "network policies would let no pod reach it"
+        )
+    return uri
 
 
 def _chosen(config: Config) -> Json:

@@ -61,7 +61,7 @@ def ray_pod(
             for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
         ],
         "affinity": _affinity(group, values),
-        "containers": [_ray_container(head, group, values)],
+        "containers": [_ray_container(component, group, values)],
         "volumes": _volumes(run, head, group),
     }
     tolerations = []
@@ -87,7 +87,8 @@ def _affinity(group: GroupValues, values: KubernetesValues) -> Json:
     return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
 
 
-def _ray_container(head: bool, group: GroupValues, values: KubernetesValues) -> Json:
+def _ray_container(component: str, group: GroupValues, values: KubernetesValues) -> Json:
+    head = component == "head"
     ports = [{"name": "metrics", "containerPort": 8080}]
     if head:
         named = (("gcs", 6379), ("dashboard", 8265), ("client", 10001), ("as-metrics", 44217), ("dash-metrics", 44227))
@@ -122,7 +123,8 @@ def _ray_container(head: bool, group: GroupValues, values: KubernetesValues) -> 
         "livenessProbe": _probe(delay_s=30, failures=120),
         "readinessProbe": _probe(delay_s=10, failures=10),
     }
-    if head and values.environment_secret:
+    # Whoever writes to object storage needs its keys; where models' programs run there are none.
+    if component in ("head", "learner") and values.environment_secret:
         container["envFrom"] = [{"secretRef": {"name": values.environment_secret}}]
     return container
 

@@ -67,7 +67,8 @@ class KubernetesValues(_Values):
     auth_secret: str = "distrl-ray-auth"
     """Secret whose key auth_token is the token of Ray's processes; made by you."""
     environment_secret: str = ""
-    """Secret whose keys become environment variables of the head, such as WANDB_API_KEY; empty is none."""
+    """Secret whose keys become environment variables of the head and the learners, such as WANDB_API_KEY or
+    AWS_ACCESS_KEY_ID; empty is none."""
     priority: int = Field(1000, ge=0)
     backoff_limit: int = Field(20, ge=1)
     """How often a new cluster goes on with the run."""

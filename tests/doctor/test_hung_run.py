@@ -21,7 +21,7 @@ from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("distrl"))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

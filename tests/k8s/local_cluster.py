@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from deploy.k8s.objects import Json
 
-START_S = 60.0
+START_S = 120.0
 END_S = 20.0
 HEAD = "127.0.1.1"
 

@@ -26,7 +26,7 @@ from distrl.tokenizer import character_tokenizer
 from tests.k8s.local_cluster import LocalCluster
 from tests.k8s.test_render import job
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 STEPS = 24
 GROUPS = ("learner", "generation", "grading")
 
@@ -63,7 +63,8 @@ def config_of_the_pods(objects: list[Json], config: dict[str, Any], tmp_path: Pa
     """What the head's pod mounts; only its places are those of this machine."""
     (mounted,) = [o["data"]["config.yaml"] for o in objects if o["kind"] == "ConfigMap"]
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**yaml.safe_load(mounted), "run": config["run"], "metrics": {}}))
+    own = {"run": config["run"], "metrics": {}, "storage": {"uri": str(tmp_path / "shared")}}
+    file.write_text(yaml.safe_dump({**yaml.safe_load(mounted), **own}))
     return file
 
 

@@ -159,6 +159,8 @@ def test_the_config_in_the_cluster_is_the_run_s_own_with_its_places() -> None:
     written = make_config(yaml.safe_load(found["data"]["config.yaml"]))
     assert str(written.run_dir) == "/run/distrl/mine"
     assert (written.metrics.host, written.metrics.port) == ("0.0.0.0", 9464)
+    assert written.storage.uri == "/shared/runs"
+    assert written.placement.groups
     assert written.train == config(**ON_GPUS).train
 
 
@@ -258,6 +260,33 @@ def test_gpus_that_the_run_does_not_use_or_that_do_not_divide_are_refused(
 ) -> None:
     made = config(**ON_GPUS | changes)
     assert refusal(ConfigError, lambda: make_values(overlay, ["image=d:1"], made)) == message
+
+
+def test_what_a_run_must_not_lose_goes_where_every_pod_sees_it() -> None:
+    def storage(uri: str, *settings: str) -> str:
+        made = config(**{"storage.uri": uri})
+        objects = run_objects(made, make_values("cpu", ["image=d:1", *settings], made))
+        (found,) = [o for o in objects if o["kind"] == "ConfigMap"]
+        return str(make_config(yaml.safe_load(found["data"]["config.yaml"])).storage.uri)
+
+    bucket = "s3://bucket/runs?region=eu-west-1"
+    assert storage(bucket, "object_storage_cidr=10.0.0.0/8") == bucket
+    assert storage("/shared/mine") == "/shared/mine"
+    assert refusal(ConfigError, lambda: storage(bucket)) == (
+        "--set object_storage_cidr=... is required where storage.uri is object storage, got none for "
+        "'s3://bucket/runs?region=eu-west-1': the network policies would let no pod reach it"
+    )
+    assert refusal(ConfigError, lambda: storage("/data/runs")) == (
+        "storage.uri must be object storage, or lie in /shared, the volume that all pods share, got '/data/runs'; "
+        "leave it empty for /shared/runs"
+    )
+
+
+def test_keys_are_where_storage_is_written_and_not_where_models_programs_run() -> None:
+    spec = job(rendered("everything"))["spec"]["rayClusterSpec"]
+    pods = {"head": spec["headGroupSpec"]} | {g["groupName"]: g for g in spec["workerGroupSpecs"]}
+    holders = [name for name, pod in pods.items() if "envFrom" in pod["template"]["spec"]["containers"][0]]
+    assert holders == ["head", "learner"]
 
 
 def test_a_name_that_kubernetes_does_not_take_is_refused() -> None:
