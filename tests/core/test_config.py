@@ -281,3 +281,12 @@ def test_a_redraw_that_never_happens_is_refused() -> None:
         "limits.redraws must be left out where train.on_stale is wait, which draws nothing again, got 2; set "
         "train.on_stale=redraw, or leave it out"
     )
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_an_elastic_learner_has_a_range(most: int) -> None:
+    assert message("train.workers=2", f"train.max_workers={most}") == (
+        f"train.max_workers must be > train.workers (2), got {most}; leave it out for a learner whose number of "
+        "workers stays as it is"
+    )
+    assert make_config(MINIMAL, ["train.workers=2", "train.max_workers=3"]).train.max_workers == 3

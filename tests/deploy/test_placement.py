@@ -10,12 +10,13 @@ import pytest
 import ray
 
 from deploy.check import check_placement, check_run, explain
-from deploy.placement import Reservation, check_cluster, claims, learner_claims, reserve
+from deploy.learner import RESOURCE
+from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
 from deploy.remote.generation import engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
-from distrl.errors import ConfigError, DeadlineError
+from distrl.errors import ConfigError, DeadlineError, RefusedError
 from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.placement import Claim, Node, check_fits
 from distrl.schema import Role
@@ -274,3 +275,35 @@ def test_a_run_on_pretended_gpus_trains_to_its_end(four_gpus: None, model: Path,
     while ray.available_resources().get("GPU", 0) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def nodes_with(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+    rows = [{"NodeName": f"n{i}", "Alive": True, "Resources": r} for i, r in enumerate(resources)]
+    dead = {"NodeName": "dead", "Alive": False, "Resources": {RESOURCE: 8.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*rows, dead])
+
+
+def test_more_learners_than_the_nodes_have_room_for_are_refused_with_the_shortfall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes_with(monkeypatch, {RESOURCE: 2.0}, {RESOURCE: 1.0}, {"CPU": 4.0})
+    plan: Any = Plan()
+    check_learners(config(), plan, {"learners": 3, "grading": 100})
+    check_learners(config(), plan, {"grading": 100})
+    assert refusal(RefusedError, lambda: check_learners(config(), plan, {"learners": 5})) == (
+        "--learners must be at most 3, the workers that the 3 node(s) have room for (their resource distrl_learner), "
+        "got 5, 2 too many; ask for fewer, or add nodes"
+    )
+
+
+def test_more_learners_than_there_are_gpus_beside_those_of_generation_are_refused_with_the_shortfall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes_with(monkeypatch, {RESOURCE: 8.0, "GPU": 4.0})
+    plan: Any = Plan()
+    settings = config(**{"placement.mode": "separate", "generation.actors": 2, "train.device": "cuda"})
+    check_learners(settings, plan, {"learners": 2})
+    assert refusal(ConfigError, lambda: check_learners(settings, plan, {"learners": 3})) == (
+        "placement: the run needs 5 GPUs (generation 2 x 1, learner 3 x 1), the cluster has 4, 1 too few; lower the "
+        "number of actors, share a GPU with placement.mode=shared or turns, or add nodes"
+    )
