@@ -60,8 +60,11 @@ quickstart: $(READY) ## Train a tiny model to sort digits, a few minutes
 test: $(READY) $(S3_READY) ## The tests that start neither Ray nor vLLM
 	@$(BIN)/python -m pytest -m "not ray" $(ARGS)
 
-test-system: $(READY) $(S3_READY) ## The tests that start Ray
-	@$(BIN)/python -m pytest -m ray $(ARGS)
+test-system: $(READY) ## The tests that start Ray on one node
+	@$(BIN)/python -m pytest -m "ray and not nodes" $(ARGS)
+
+test-nodes: $(READY) $(S3_READY) ## The tests of several Ray nodes, a cut network, and a lost machine
+	@$(BIN)/python -m pytest -m nodes $(ARGS)
 
 test-vllm: $(VLLM_READY) ## The tests of generation with vLLM
 	@$(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
@@ -113,7 +116,7 @@ study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three s
 study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds, a quarter of an hour
 	@$(BIN)/python -m benchmarks.a_star_po
 
-.PHONY: help setup study-off-policy study-nash study-a-star-po setup-vllm setup-trl setup-s3 quickstart test test-system test-vllm check fix chaos sigkill simulate bench study lock
+.PHONY: help setup study-off-policy study-nash study-a-star-po setup-vllm setup-trl setup-s3 quickstart test test-system test-nodes test-vllm check fix chaos sigkill simulate bench study lock
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	@$(BIN)/pip install --quiet pip-tools

@@ -116,6 +116,7 @@ def committed(run: Path) -> bool:
 
 
 @pytest.mark.ray
+@pytest.mark.nodes
 def test_the_entrypoint_is_killed_and_called_again_and_finishes_the_run(
     file: Path, manifest: Json, cluster: LocalCluster, tmp_path: Path
 ) -> None:

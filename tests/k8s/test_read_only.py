@@ -20,6 +20,8 @@ from distrl.tokenizer import character_tokenizer
 from tests.k8s.test_render import job
 
 ROOT = Path(__file__).parents[2]
+OWN_PLACES = ("proc", "dev", "tmp", "root", "home", "run", "shared")
+"""Folders of the root that the box has its own of, or none."""
 DEADLINE_S = 200.0
 
 pytestmark = [
@@ -44,7 +46,7 @@ def in_a_pod(volumes: Path, command: Sequence[str]) -> list[str]:
     assert CONTAINER_SECURITY["allowPrivilegeEscalation"] is False
     box = ["bwrap", "--die-with-parent", "--unshare-pid", "--unshare-ipc"]
     for place in sorted(Path("/").iterdir()):
-        if place.name not in ("proc", "dev", "tmp", "root", "home", "run", "shared") and not place.is_symlink():
+        if place.name not in OWN_PLACES and not place.is_symlink():
             box += ["--ro-bind", str(place), str(place)]
         elif place.is_symlink():
             box += ["--symlink", str(place.readlink()), str(place)]
@@ -58,6 +60,10 @@ def in_a_pod(volumes: Path, command: Sequence[str]) -> list[str]:
         own.mkdir()
         os.chown(own, int(POD_SECURITY["runAsUser"]), int(POD_SECURITY["fsGroup"]))
         box += [*_parents(Path(path)), "--bind", str(own), path]
+    # The project and its environment, which may lie where the box has a place of its own.
+    for place in (ROOT, Path(sys.prefix)):
+        if place.parts[1] in OWN_PLACES:
+            box += [*_parents(place), "--ro-bind", str(place), str(place)]
     # The root itself, in which bwrap has made the places above.
     box += ["--remount-ro", "/", "--clearenv", "--setenv", "HOME", HOME_FOLDER, "--setenv", "PATH", os.environ["PATH"]]
     box += ["--setenv", "PYTHONPATH", str(ROOT), "--setenv", "OMP_NUM_THREADS", "1", "--chdir", HOME_FOLDER]
@@ -73,7 +79,9 @@ def _parents(path: Path) -> list[str]:
 def test_a_run_needs_to_write_nowhere_but_to_the_volumes_of_its_pod(tmp_path: Path) -> None:
     volumes = tmp_path / "volumes"
     volumes.mkdir()
-    probe = "for f in / /usr /etc /work /root; do test -w $f && echo $f; done; id -u; touch /tmp/a $HOME/a && echo ok"
+    probe = (
+        "for f in / /usr /etc /root $PYTHONPATH; do test -w $f && echo $f; done; id -u; touch /tmp/a $HOME/a && echo ok"
+    )
     seen = subprocess.run(in_a_pod(volumes, ["sh", "-c", probe]), capture_output=True, text=True, check=False)
     assert seen.stdout.split() == [str(POD_SECURITY["runAsUser"]), "ok"], seen.stderr
     shutil.rmtree(volumes)

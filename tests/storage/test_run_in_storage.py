@@ -56,6 +56,7 @@ def _copies(run: Path) -> dict[str, int]:
 
 @needs_server
 @pytest.mark.ray
+@pytest.mark.nodes
 def test_a_run_that_loses_its_directory_goes_on_from_the_storage_to_the_same_weights(
     address: str, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.system.nodes import announced_node, driven, judge, one_node_cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 
 def test_a_node_joins_and_hands_its_work_back_before_it_goes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.system.partition import cut_for_a_while, cut_for_good, missing, partitioned
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 if cause := missing():
     pytest.skip(cause, allow_module_level=True)
