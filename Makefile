@@ -63,7 +63,7 @@ test: $(READY) $(S3_READY) ## The tests that start neither Ray nor vLLM
 test-system: $(READY) ## The tests that start Ray on one node
 	@$(BIN)/python -m pytest -m "ray and not nodes" $(ARGS)
 
-test-nodes: $(READY) $(S3_READY) ## The tests of several Ray nodes, a cut network, and a lost machine
+test-nodes: $(READY) $(S3_READY) ## The tests of several Ray nodes, a cut network, a lost machine, and learners that resize
 	@$(BIN)/python -m pytest -m nodes $(ARGS)
 
 test-vllm: $(VLLM_READY) ## The tests of generation with vLLM

@@ -25,7 +25,7 @@ from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
 from tests.builders import refusal
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 STEPS = 16
 TICKETS = 4
