@@ -63,6 +63,7 @@ def _row(ticket: int, group: int) -> dict[str, object]:
     row |= {"group_index": group, "prompt_token_ids": [1] * 20, "response_token_ids": [2] * TOKENS, "text": text}
     row |= {"behavior_logps": [-0.5] * TOKENS, "policy_versions": [0] * TOKENS, "loss_mask": [True] * TOKENS}
     row |= {"ref_logps": [-0.6] * TOKENS, "finish_reason": "stop", "engine": "fake", "grader": "exact"}
+    row |= {"turn_rewards": [], "turn_ends": [], "v_star": None, "preference": None}
     return row | {"reward": reward, "verdict": "correct" if reward else "wrong", "reason": None, "components": []}
 
 

@@ -1,12 +1,14 @@
-"""The benchmark of the coordinator still drives it, and the model of scale agrees with the simulation."""
+"""The benchmarks of coordinator and page still drive them, and the model of scale agrees with the simulation."""
 
 import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from benchmarks.coordinator import run as run_coordinator
+from benchmarks.rollouts import make as make_large_run
 from benchmarks.scale_model import Cluster, Costs, bounds
 from benchmarks.simulate import Simulation
 
@@ -53,3 +55,8 @@ def test_the_simulated_run_is_as_fast_as_the_part_that_the_model_names(
     others = min(rate for name, rate in found.items() if name not in (part, "learning alone"))
     assert others > 1.5 * found[part], "the parts are too close to each other to tell them apart"
     assert Simulation(cluster, costs, steps=60).run() == pytest.approx(found[part], rel=0.06)
+
+
+def test_the_run_of_the_page_s_benchmark_is_one_that_the_page_can_read(tmp_path: Path) -> None:
+    run_dir = make_large_run(tmp_path, 64)
+    assert sum(pa.ipc.open_file(path).read_all().num_rows for path in run_dir.journal.glob("*.arrow")) == 64
