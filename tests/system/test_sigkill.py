@@ -11,6 +11,7 @@ from tests.system.sigkill import COMPARED, compare, contents
 
 
 @pytest.mark.ray
+@pytest.mark.nodes
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_and_optimizer_of_one_that_was_not(
     tmp_path: Path,
 ) -> None:
