@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import ray
 
-from deploy.learner import RESOURCE
+from deploy.ray_train import RESOURCE
 
 LOOK_S = 1.0
 """Seconds between two looks; Ray's table of nodes is in another process."""

@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.check import RunPlan
-from deploy.learner import RESOURCE
+from deploy.ray_train import RESOURCE
 from deploy.roles import GENERATION_STAGES, generation_actors
 from distrl.config import Config
 from distrl.errors import ConfigError, DeadlineError, RefusedError

@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from deploy.check import check_placement, check_run, explain
-from deploy.learner import RESOURCE
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
+from deploy.ray_train import RESOURCE
 from deploy.remote.generation import engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
