@@ -22,6 +22,7 @@ class ClusterNode:
     """It was announced to go, as before a preemption: Ray starts nothing there any more."""
     goes_s: float | None = None
     """When it goes, in seconds since the epoch; None where nobody said."""
+    name: str = ""
 
 
 class Nodes:
@@ -43,6 +44,7 @@ class Nodes:
                     node["Resources"],
                     node["NodeID"] in draining,
                     draining.get(node["NodeID"], 0) / 1000 or None,
+                    node["NodeName"],
                 )
                 for node in ray.nodes()
                 if node["Alive"]
