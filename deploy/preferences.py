@@ -1,6 +1,7 @@
 """What a run that compares responses needs, checked before it starts."""
 
-from distrl.config import Config, PreferenceConfig
+from distrl.config import Config
+from distrl.config_sections import PreferenceConfig
 from distrl.errors import ConfigError
 from distrl.judges import check_judge
 from distrl.objectives import Recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
-from distrl.config import PreferenceConfig
+from distrl.config_sections import PreferenceConfig
 from distrl.errors import DataError
 from distrl.graders.build import build_graders
 from distrl.graders.config import GraderConfig
