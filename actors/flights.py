@@ -11,7 +11,7 @@ class Flights:
     """Bookkeeping of the coordinator; decides nothing that `Admission` does not.
 
     Args:
-        on_stale: `wait`, `redraw` or `keep`, see `distrl.config.TrainConfig`.
+        on_stale: `wait`, `redraw` or `keep`, see `distrl.config_sections.TrainConfig`.
         ready_bytes: size of the sampled rollouts beyond which no ticket is issued.
         trained_steps: optimizer steps that an earlier process has trained.
     """

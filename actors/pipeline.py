@@ -31,7 +31,7 @@ class TicketFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PipelineLimits:
-    """Bounds of the calls; see `distrl.config.LimitsConfig` and the stages' sections."""
+    """Bounds of the calls; see `distrl.config_sections.LimitsConfig` and the stages' sections."""
 
     attempts: int
     retry_delay_s: float

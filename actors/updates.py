@@ -18,7 +18,7 @@ from distrl.tickets import POLICY_WEIGHTS
 
 @dataclass(frozen=True, slots=True)
 class UpdateLimits:
-    """Bounds of a weight update; see `distrl.config.LimitsConfig`."""
+    """Bounds of a weight update; see `distrl.config_sections.LimitsConfig`."""
 
     attempts: int
     retry_delay_s: float

@@ -6,7 +6,7 @@ from typing import Any
 
 from deploy.nodes import ClusterNode, learner_room
 from deploy.supervisor import State, Tell
-from distrl.config import TrainConfig
+from distrl.config_sections import TrainConfig
 from distrl.errors import RunError
 from distrl.messages import Whereabouts
 from learners.group import GroupStatus, LearnerGroup

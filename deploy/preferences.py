@@ -1,6 +1,7 @@
 """What a run that compares responses needs, checked before it starts."""
 
-from distrl.config import Config, PreferenceConfig
+from distrl.config import Config
+from distrl.config_sections import PreferenceConfig
 from distrl.errors import ConfigError
 from distrl.judges import check_judge
 from distrl.objectives import Recipe
@@ -48,14 +49,17 @@ def check_preference(config: Config, recipe: Recipe) -> int:
 
 
 def _check_function(compared: PreferenceConfig) -> None:
+    """Refuses what the chosen comparison would not read."""
     if compared.function != REWARD_DIFFERENCE:
         check_judge(str(compared.function), compared.options, setting=SETTING)
-        return
-    for name, given in (("options", bool(compared.options)), ("symmetrize", compared.symmetrize)):
-        if given:
+        unread, why = ["scale"], f"only {REWARD_DIFFERENCE} is scaled"
+    else:
+        unread, why = ["options", "symmetrize", "parallel"], "a difference of rewards takes none"
+    for name in unread:
+        value, default = getattr(compared, name), PreferenceConfig.model_fields[name].default
+        if value != default:
             raise ConfigError(
-                f"preference.{name} must be left out with preference.function {REWARD_DIFFERENCE}, got "
-                f"{getattr(compared, name)!r}; a difference of rewards takes none"
+                f"preference.{name} must be left out with preference.function {compared.function}, got {value!r}; {why}"
             )
 
 

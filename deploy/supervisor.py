@@ -8,7 +8,7 @@ from typing import Any
 
 from deploy.processes import Processes, ProcessGoneError
 from deploy.restart_budget import RestartBudget
-from distrl.config import LimitsConfig
+from distrl.config_sections import LimitsConfig
 from distrl.errors import DeadlineError, RunError
 from distrl.messages import Whereabouts
 

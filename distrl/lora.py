@@ -18,7 +18,7 @@ Publish = Literal["merged", "adapter"]
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """See `distrl.config.LoraConfig`."""
+    """See `distrl.config_sections.LoraConfig`."""
 
     rank: int
     alpha: float

@@ -36,8 +36,8 @@ _SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
 _HEAD = """\
 # The config
 
-Written by `docs/write_config.py` from the models in `distrl/config.py` and `distrl/tasks/config.py`; change those and
-run `python docs/write_config.py`.
+Written by `docs/write_config.py` from the models in `distrl/config.py` and its sections, mostly in
+`distrl/config_sections.py`; change those and run `python docs/write_config.py`.
 
 A run is one YAML file of sections and keys. The sections `model`, with `model.path`, and `data` have to be there;
 everything else has a default. On the command line `section.key=value` overrides the file, in order, the last one wins;

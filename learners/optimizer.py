@@ -12,7 +12,7 @@ from distrl.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """See `distrl.config.TrainConfig`."""
+    """See `distrl.config_sections.TrainConfig`."""
 
     learning_rate: float
     warmup_steps: int

@@ -19,7 +19,7 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True, slots=True)
 class ParallelSettings:
-    """See `distrl.config.TrainConfig`."""
+    """See `distrl.config_sections.TrainConfig`."""
 
     parallel: Parallel = "ddp"
     dtype: torch.dtype = torch.float32

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from distrl.config import PreferenceConfig
+from distrl.config_sections import PreferenceConfig
 from distrl.errors import ConfigError, StageError
 from distrl.judges import FunctionJudge
 from distrl.preferences import Comparison, Contestant, make_comparison

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from distrl.config import MetricsConfig
+from distrl.config_sections import MetricsConfig
 from distrl.errors import RefusedError, RunError
 
 

@@ -13,7 +13,8 @@ from actors.episodes import EpisodeLimits, Episodes
 from actors.generation import Generation
 from actors.transfer.transport import Transport
 from deploy.remote.located import Located, whereabouts
-from distrl.config import Config, LoraConfig
+from distrl.config import Config
+from distrl.config_sections import LoraConfig
 from distrl.errors import DeadlineError, LostWeightsError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from deploy.check import check_placement, check_run, explain
+from deploy.check import check_run, explain
+from deploy.check_gpus import check_placement
 from deploy.nodes import ClusterNode, Nodes
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
 from deploy.ray_train import RESOURCE
@@ -163,6 +164,18 @@ def test_a_learner_claims_its_share_and_in_turns_half_for_all_of_it() -> None:
 )
 def test_a_config_that_no_cluster_could_run_is_refused(keys: dict[str, Any], message: str) -> None:
     assert refusal(ConfigError, lambda: check_placement(config(**keys), SAMPLES)) == message
+
+
+def test_opponents_on_gpus_need_a_vllm_of_their_own() -> None:
+    samples = SAMPLES | {Role.OPPONENT}
+    keys = {"placement.mode": "separate", "generation.engine": "vllm"}
+    assert refusal(ConfigError, lambda: check_placement(config(**keys), samples)) == (
+        "generation.opponent_actors must be >= 1 for generation.engine vllm with placement.mode separate, got 0; a "
+        "vLLM holds one set of weights, and a second one for the role would take memory of the same GPU that the first "
+        "has: give the role actors of its own"
+    )
+    check_placement(config(**keys, **{"generation.opponent_actors": 1}), samples)
+    check_placement(config(**{"generation.engine": "vllm"}), samples)
 
 
 @pytest.fixture(scope="module")

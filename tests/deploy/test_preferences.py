@@ -83,6 +83,28 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         ),
         (
             "nash_mp",
+            {"preference.parallel": 2},
+            "preference.parallel must be left out with preference.function reward_difference, got 2; a difference of "
+            "rewards takes none",
+        ),
+        (
+            "nash_mp",
+            {"preference.function": "tests.test_preferences:longer", "preference.scale": 2.0},
+            "preference.scale must be left out with preference.function tests.test_preferences:longer, got 2.0; only "
+            "reward_difference is scaled",
+        ),
+        (
+            "nash_mp",
+            {
+                "preference.function": "judge",
+                "preference.options": {"url": "http://localhost:8000/v1", "model": "m"},
+                "preference.scale": 0.5,
+            },
+            "preference.scale must be left out with preference.function judge, got 0.5; only reward_difference is "
+            "scaled",
+        ),
+        (
+            "nash_mp",
             {"preference.function": "judge", "preference.options": {"url": "http://localhost:8000/v1"}},
             "preference.function: the options of judge must be its arguments, got {'url': 'http://localhost:8000/v1'}: "
             "missing a required argument: 'model'; correct them in preference.options",

@@ -7,7 +7,7 @@ import pytest
 
 from deploy.processes import ProcessGoneError
 from deploy.supervisor import State, Supervisor
-from distrl.config import LimitsConfig
+from distrl.config_sections import LimitsConfig
 from distrl.errors import DeadlineError, RunError
 from distrl.messages import Whereabouts
 from tests.builders import refusal

@@ -21,7 +21,8 @@ from deploy.metrics.history import FLUSH_ROWS, History
 from deploy.metrics.run import RunMetrics
 from deploy.run import run_training
 from deploy.run_dir import RunDir, create_run_dir
-from distrl.config import Config, MetricsConfig, make_config
+from distrl.config import Config, make_config
+from distrl.config_sections import MetricsConfig
 from distrl.errors import ConfigError, RefusedError, RunError
 from tests.builders import refusal
 from tests.metrics.snapshots import record, snapshot

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from distrl.config import PreferenceConfig
+from distrl.config_sections import PreferenceConfig
 from distrl.graders.served import ServedModel
 from distrl.preferences import Contestant, make_comparison
 from distrl.tasks import Problem
