@@ -18,6 +18,8 @@ CASES = {
     "ddp, float32": Case(dtype=torch.float32),
     "fsdp, float32": Case(parallel="fsdp", dtype=torch.float32),
 }
+FOLLOWING = Case(recipe="rpg", options={"anchor": "reference", "reference_every": 3, "kl_coefficient": 0.5})
+"""Its reference is the start for three steps, then the policy of the third."""
 HALF = STEPS // 2
 
 
@@ -44,6 +46,9 @@ def in_two_workers(world: World, folder: Path) -> None:
         case = Case(parallel=parallel)
         keep(f"1 to 2 {parallel}", run(case, folder / "later", world, half))
         keep(f"half {parallel}", run(replace(case, steps=HALF), folder / parallel, world))
+        following = replace(FOLLOWING, parallel=parallel)
+        keep(f"following {parallel}", run(following, folder / "following", world))
+        keep(f"half following {parallel}", run(replace(following, steps=HALF), folder / f"following {parallel}", world))
         once = Case(recipe="topr", parallel=parallel, max_grad_norm=1e9, micro_batch_tokens=10_000)
         keep(f"once {parallel}", run(once, folder / "once", world))
     if world.first:
@@ -111,6 +116,17 @@ def test_a_run_of_two_workers_is_resumed_by_one(
 ) -> None:
     (checkpoint,) = found[f"half {parallel}"]["checkpoints"]
     assert_same(outcome(run(Case(), folder / "again", resume=Path(checkpoint))), alone, 1e-10, slice(HALF, None))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_reference_that_follows_the_policy_is_the_same_in_shards_and_resumed_by_fewer_workers(
+    parallel: str, found: dict[str, Any], folder: Path
+) -> None:
+    alone = outcome(run(FOLLOWING, folder / "following alone"))
+    assert_same(found[f"following {parallel}"], alone, 1e-10)
+    (checkpoint,) = found[f"half following {parallel}"]["checkpoints"]
+    resumed = run(FOLLOWING, folder / "following again", resume=Path(checkpoint))
+    assert_same(outcome(resumed), alone, 1e-10, slice(HALF, None))
 
 
 def test_copies_and_shards_add_up_gradients_in_the_same_order_and_agree_bit_by_bit(found: dict[str, Any]) -> None:

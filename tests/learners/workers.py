@@ -93,6 +93,7 @@ class Case:
     """How a run is made; the tickets are the same in all."""
 
     recipe: str = "ppo"
+    options: Mapping[str, Any] = field(default_factory=dict)
     parallel: str = "ddp"
     dtype: torch.dtype = torch.float64
     layout: str = "bucketed"
@@ -120,7 +121,7 @@ def run(case: Case, directory: Path, world: World | None = None, resume: Path | 
             activation_checkpointing=case.activation_checkpointing,
         ),
     )
-    trainer = Trainer(make_model(case.dtype), Tokenizer(), build(case.recipe), settings, world)
+    trainer = Trainer(make_model(case.dtype), Tokenizer(), build(case.recipe, **case.options), settings, world)
     link = FixedLink()
     state = None if resume is None else trainer.restore(resume)
     train(trainer, settings, link, world, state, lambda metrics: None)
