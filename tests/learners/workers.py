@@ -96,6 +96,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     parallel: str = "ddp"
     dtype: torch.dtype = torch.float64
+    """Of the parameters."""
+    products: torch.dtype = torch.float32
     layout: str = "bucketed"
     micro_batch_tokens: int = 64
     activation_checkpointing: bool = False
@@ -118,6 +120,7 @@ def run(case: Case, directory: Path, world: World | None = None, resume: Path | 
         layout=case.layout,  # type: ignore[arg-type]
         parallel=ParallelSettings(
             case.parallel,  # type: ignore[arg-type]
+            case.products,
             activation_checkpointing=case.activation_checkpointing,
         ),
     )
