@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from deploy.check import check_placement, check_run, explain
+from deploy.check import check_placement, check_run
+from deploy.explain import explain
 from deploy.learner import RESOURCE
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
 from deploy.remote.generation import engine_config
