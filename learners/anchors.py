@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from distrl.objectives.upkeep import EMA, Frozen, Mixture, Reset, Snapshot, Upkeep
 
@@ -29,6 +30,7 @@ class Anchors:
 
     def __init__(self, model: nn.Module, upkeep: Mapping[str, Upkeep], optimizer: torch.optim.Optimizer) -> None:
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self._shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
         # A frozen model is scored where it lies: it may be another one than the policy's start.
         upkeep = {name: kept for name, kept in upkeep.items() if not isinstance(kept, Frozen)}
         self._upkeep = upkeep
@@ -91,6 +93,8 @@ class Anchors:
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for module in self._shards:
+            module.reshard()  # what a pass without gradients has left gathered would be used by the next one as it is
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])

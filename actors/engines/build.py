@@ -1,10 +1,12 @@
 """From the config to an engine."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.adapters import Adapters
 from distrl.config import Config
 from distrl.sampling import Engine, Sleeper
+
+if TYPE_CHECKING:
+    from actors.adapters import Adapters
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ def build_engine(config: Config, tokenizer: Any, reference_share: float = 0.0) -
     )
 
 
-def build_adapters(config: Config, engine: Engine) -> Adapters | None:
+def build_adapters(config: Config, engine: Engine) -> "Adapters | None":
     """What adds published adapters to the weights of such an engine, where `lora.publish` says so.
 
     It reads `model.path` a second time: the engine changes its own weights, or has them in another process.
@@ -66,6 +68,7 @@ def build_adapters(config: Config, engine: Engine) -> Adapters | None:
         return None
     import torch
 
+    from actors.adapters import Adapters
     from distrl.lora import LoraSettings, adapter_layers, add_adapters
     from distrl.models import load_model
     from distrl.weights import policy_tensors

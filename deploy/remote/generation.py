@@ -6,14 +6,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
-import torch
 
 from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_adapters, build_engine
 from actors.episodes import EpisodeLimits, Episodes
 from actors.generation import Generation
-from actors.transfer.planes import known_plane
-from actors.transfer.receiver import Receiver
 from actors.transfer.transport import Transport
 from deploy.remote.located import Located, whereabouts
 from distrl.config import Config
@@ -39,6 +36,8 @@ class GenerationActor(Generation, Located):
         weights: Sequence[str] = (POLICY_WEIGHTS,),
         environments: Sequence[Any] = (),
     ) -> None:
+        import torch  # not at the top: holders of a handle import this module
+
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
         configs = {one: engine_config(config, one) for one in weights}
@@ -91,6 +90,9 @@ def transport_of(config: Config, source: "StoreSource") -> Transport | None:
     """The way of `generation.transport`, for an actor that else takes weights from this source."""
     if config.generation.transport == "store":
         return None
+    from actors.transfer.planes import known_plane
+    from actors.transfer.receiver import Receiver
+
     timeout_s = config.limits.transport_timeout_s
     receiver = Receiver(known_plane(config.generation.transport), timeout_s)
     return Transport(source.ask, source.chunks, receiver, whereabouts().node, timeout_s)

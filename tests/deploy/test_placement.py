@@ -11,8 +11,9 @@ import ray
 
 from deploy.check import check_run, explain
 from deploy.check_gpus import check_placement
-from deploy.learner import RESOURCE
+from deploy.nodes import ClusterNode, Nodes
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
+from deploy.ray_train import RESOURCE
 from deploy.remote.generation import engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
@@ -291,9 +292,10 @@ def test_a_run_on_pretended_gpus_trains_to_its_end(four_gpus: None, model: Path,
 
 
 def nodes_with(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
-    rows = [{"NodeName": f"n{i}", "Alive": True, "Resources": r} for i, r in enumerate(resources)]
-    dead = {"NodeName": "dead", "Alive": False, "Resources": {RESOURCE: 8.0, "GPU": 8.0}}
-    monkeypatch.setattr(ray, "nodes", lambda: [*rows, dead])
+    """These nodes, and one that is about to go: it has no room for anybody."""
+    stay = tuple(ClusterNode(f"id{i}", r, name=f"n{i}") for i, r in enumerate(resources))
+    goes = ClusterNode("id-goes", {RESOURCE: 8.0, "GPU": 8.0}, drains=True, name="goes")
+    monkeypatch.setattr(Nodes, "look", lambda self: (*stay, goes))
 
 
 def test_more_learners_than_the_nodes_have_room_for_are_refused_with_the_shortfall(
