@@ -50,7 +50,8 @@ class Dispatcher:
         self._clock = clock
         self.issuing = False
         self.first_opponent = 0
-        """Oldest version that opponents are sampled from; after a restart engines start from weights that are none."""
+        """Oldest version that opponents are sampled from: after a restart engines start from weights that are none, and
+        who meets whom in a synchronous run must not depend on who loads first."""
         self._beside = Beside(pipeline, settings.seed, clock)
         self.flights = Flights(
             settings.admission, settings.on_stale, settings.ready_bytes, trained_steps=ledger.trained_step()

@@ -4,9 +4,9 @@
 
 The quickstart's task and warmed-up model, with a training set of so many prompts. Three phases per seed, each a command
 of its own, one after the other: `distrl vstar` (stage 1), `distrl train` with a_star_po and one response per prompt
-(stage 2), `distrl train` with grpo and 16. Both trainings have the same rollouts per step, steps, learning rate and
-staleness bound; which of the two comes first alternates over the seeds. A phase that is in the directory already is not
-made again.
+(stage 2), `distrl train` with grpo and 16. Both trainings have the same rollouts per step and per call of grading and
+scoring, steps, learning rate and staleness bound; which of the two comes first alternates over the seeds. A phase that
+is in the directory already is not made again.
 
 Prints a JSON line per phase: held-out accuracy before and after, wall and processor seconds and the largest memory
 (proportional set size) of all processes of the command together, looked at every second, and `others`, the share of the
@@ -117,6 +117,9 @@ def arguments_of(phase: str, seed: int, options: argparse.Namespace, model: Path
         "objective.recipe=a_star_po",
         f"objective.options={{beta: {options.beta}, importance: truncated, max_ratio: 2.0}}",
         "rollout.group_size=1",
+        # As many rollouts in a call as tickets of a whole group have.
+        f"grading.tickets_per_call={4 * GROUP}",
+        f"reference.tickets_per_call={4 * GROUP}",
         f"vstar.path={table}",
         f"vstar.responses={options.responses}",
         f"train.tickets_per_step={ROLLOUTS}",

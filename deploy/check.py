@@ -14,7 +14,7 @@ from distrl.graders.build import Graders, chosen_graders, describe, lowest_rewar
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
-from distrl.objectives.upkeep import Frozen
+from distrl.objectives.upkeep import Frozen, Mixture
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
@@ -101,7 +101,8 @@ def check_run(config: Config) -> RunPlan:
     check_heldout(config, task)
     _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe) and "reference" not in moving(recipe)
-    if config.reference.path is not None and not scores_reference:
+    mixed = any(isinstance(kept, Mixture) and kept.share for kept in recipe.upkeep.values())
+    if config.reference.path is not None and not scores_reference and not mixed:
         raise ConfigError(
             f"reference.path must be empty for objective.recipe {config.objective.recipe} as configured, got "
             f"{str(config.reference.path)!r}; nothing reads the reference model: remove it, or set "
