@@ -405,7 +405,7 @@ class Coordinator:
         if weights != POLICY_WEIGHTS:
             if self._opponents.arrived(version):
                 self._opponent_weights.published = Version(version, None, step)
-                if self._resumed:
+                if self._resumed or self._settings.admission.max_staleness == 0:
                     self._dispatcher.first_opponent = version
             await self._outcome.notify()
             return

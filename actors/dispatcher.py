@@ -55,7 +55,8 @@ class Dispatcher:
         self._clock = clock
         self.issuing = False
         self.first_opponent = 0
-        """Oldest version that opponents are sampled from; after a restart engines start from weights that are none."""
+        """Oldest version that opponents are sampled from: after a restart engines start from weights that are none, and
+        who meets whom in a synchronous run must not depend on who loads first."""
         self._beside = Beside(pipeline, settings.seed, clock)
         self.flights = _streams(settings, ledger.trained_step())
         self._replays = replays

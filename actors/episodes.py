@@ -77,6 +77,16 @@ class Episodes:
         self._playing = [0] * len(environments)
         self._closing: set[asyncio.Task[None]] = set()
 
+    async def play_group(self, engine: Engine, request: SampleRequest, problem: Problem) -> list[Trajectory]:
+        """`request.responses` episodes at the same time; when one fails the others end with it. Raises like `play`."""
+        plays = (self.play(engine, request, problem, index) for index in range(request.responses))
+        tasks = [asyncio.ensure_future(play) for play in plays]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
     async def play(self, engine: Engine, request: SampleRequest, problem: Problem, group_index: int) -> Trajectory:
         """One episode.
 

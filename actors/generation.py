@@ -112,13 +112,7 @@ class Generation:
             return [single_turn(sample) for sample in await engine.sample(request)]
         if problem is None:
             raise StageError(f"{self._name} must be given the problem of {request.request_id} to play its episodes")
-        play = self._episodes.play
-        tasks = [asyncio.ensure_future(play(engine, request, problem, index)) for index in range(request.responses)]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await self._episodes.play_group(engine, request, problem)
 
     def _batch(
         self, ticket: Ticket, prompt: tuple[int, ...], samples: list[Trajectory], started_s: float

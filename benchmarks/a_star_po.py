@@ -4,14 +4,15 @@
 
 The quickstart's task and warmed-up model, with a training set of so many prompts. Three phases per seed, each a command
 of its own, one after the other: `distrl vstar` (stage 1), `distrl train` with a_star_po and one response per prompt
-(stage 2), `distrl train` with grpo and 16. Both trainings have the same rollouts per step, steps, learning rate and
-staleness bound; which of the two comes first alternates over the seeds. A phase that is in the directory already is not
-made again.
+(stage 2), `distrl train` with grpo and 16. Both trainings have the same rollouts per step and per call of grading and
+scoring, steps, learning rate and staleness bound; which of the two comes first alternates over the seeds. A phase that
+is in the directory already is not made again.
 
 Prints a JSON line per phase: held-out accuracy before and after, wall and processor seconds and the largest memory
-(proportional set size) of all processes of the command together, looked at every second; then a line with the rise
-over the seeds, its standard error, and the ratios of the medians, stage 1 counted with stage 2. Ends with status 1
-where A*-PO does not rise by more than two standard errors.
+(proportional set size) of all processes of the command together, looked at every second, and `others`, the share of the
+machine's processors that anything else used meanwhile: where that is not about 0, wall seconds mean little. Then a line
+with the rise over the seeds, its standard error, and the ratios of the medians, stage 1 counted with stage 2. Ends with
+status 1 where A*-PO does not rise by more than two standard errors.
 """
 
 import argparse
@@ -51,7 +52,7 @@ class Watched:
         Raises:
             RuntimeError: the command failed; the message is what it wrote last.
         """
-        began = time.monotonic()
+        began, busy = time.monotonic(), machine_busy_s()
         with subprocess.Popen(self._arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             root = psutil.Process(process.pid)
             while True:
@@ -63,9 +64,12 @@ class Watched:
                     continue
         if process.returncode:
             raise RuntimeError(f"{' '.join(self._arguments)} ended with {process.returncode}: {said[-2000:]}")
+        wall_s, cpu_s = time.monotonic() - began, sum(self._cpu_s.values())
+        others_s = machine_busy_s() - busy - cpu_s
         return {
-            "wall_s": time.monotonic() - began,
-            "cpu_s": sum(self._cpu_s.values()),
+            "wall_s": wall_s,
+            "cpu_s": cpu_s,
+            "others": max(0.0, others_s / (wall_s * (psutil.cpu_count() or 1))),
             "largest_bytes": float(self.largest_bytes),
         }
 
@@ -84,6 +88,12 @@ class Watched:
             except psutil.Error:
                 continue  # it has ended since
         self.largest_bytes = max(self.largest_bytes, held)
+
+
+def machine_busy_s() -> float:
+    """Processor seconds that everything on the machine has used since it started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def arguments_of(phase: str, seed: int, options: argparse.Namespace, model: Path, config: Path) -> list[str]:
@@ -107,6 +117,9 @@ def arguments_of(phase: str, seed: int, options: argparse.Namespace, model: Path
         "objective.recipe=a_star_po",
         f"objective.options={{beta: {options.beta}, importance: truncated, max_ratio: 2.0}}",
         "rollout.group_size=1",
+        # As many rollouts in a call as tickets of a whole group have.
+        f"grading.tickets_per_call={4 * GROUP}",
+        f"reference.tickets_per_call={4 * GROUP}",
         f"vstar.path={table}",
         f"vstar.responses={options.responses}",
         f"train.tickets_per_step={ROLLOUTS}",

@@ -5,8 +5,8 @@ this machine can tell are measured (`benchmarks.simulate`); those of GPUs follow
 arithmetic and two efficiencies, which are assumptions and stand here.
 """
 
-import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -90,16 +90,9 @@ class Cluster:
     def longest_s(self) -> float:
         """Mean time until the last response of a group has ended: the largest of `group` lognormal lengths."""
         quantiles = (np.arange(4000) + 0.5) / 4000
-        normal = math.sqrt(2) * _erfinv(2 * quantiles ** (1 / self.group) - 1)
+        normal = np.vectorize(NormalDist().inv_cdf)(quantiles ** (1 / self.group))
         lengths = self.mean_tokens * np.exp(self.sigma * normal - self.sigma**2 / 2)
         return float(lengths.mean()) * self.decode_step_s
-
-
-def _erfinv(x: np.ndarray) -> np.ndarray:
-    import torch
-
-    found: np.ndarray = torch.erfinv(torch.from_numpy(x)).numpy()
-    return found
 
 
 def bounds(cluster: Cluster, costs: Costs) -> dict[str, float]:

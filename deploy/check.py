@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from deploy.check_gpus import check_placement, check_transport
 from deploy.preferences import check_preference
 from deploy.replay_check import ReplayPlan, check_replay
-from deploy.roles import generation_actors, own_actors
+from deploy.roles import own_actors
 from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.environments.registry import KNOWN, environment_factory
@@ -14,8 +15,7 @@ from distrl.graders.build import Graders, chosen_graders, lowest_reward
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
-from distrl.objectives.upkeep import Frozen
-from distrl.placement import Claim, check_shares
+from distrl.objectives.upkeep import Frozen, Mixture
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
@@ -104,7 +104,8 @@ def check_run(config: Config) -> RunPlan:
         check_heldout(config, task)
     _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe) and "reference" not in moving(recipe)
-    if config.reference.path is not None and not scores_reference:
+    mixed = any(isinstance(kept, Mixture) and kept.share for kept in recipe.upkeep.values())
+    if config.reference.path is not None and not scores_reference and not mixed:
         raise ConfigError(
             f"reference.path must be empty for objective.recipe {config.objective.recipe} as configured, got "
             f"{str(config.reference.path)!r}; nothing reads the reference model: remove it, or set "
@@ -169,88 +170,6 @@ def _check_actors(config: Config, samples: frozenset[Role]) -> None:
                 f"generation.{role}_actors must be 0 for objective.recipe {config.objective.recipe} as configured, got "
                 f"{actors}; nothing is sampled for that role: remove it"
             )
-
-
-def check_placement(config: Config, samples: frozenset[Role]) -> None:
-    """Refuse what no cluster could run; whether a certain one can, is known when it is there.
-
-    Raises:
-        ConfigError: names the key, and the shortfall where it is one.
-    """
-    p = config.placement
-    if p.mode == "cpu":
-        return
-    if config.generation.engine == "transformers":
-        raise ConfigError(
-            f"placement.mode must be cpu for generation.engine transformers, which runs on the CPU, got {p.mode}; "
-            "leave it out, or take another engine"
-        )
-    if p.mode == "turns" and config.train.max_staleness != 0:
-        raise ConfigError(
-            f"train.max_staleness must be 0 for placement.mode turns, got {config.train.max_staleness}; generation "
-            "and learner never work at the same time there, and an asynchronous run needs that they do"
-        )
-    if p.mode != "separate" and config.train.device == "cuda":
-        for key, value, only in (("workers", config.train.workers, 1), ("parallel", config.train.parallel, "ddp")):
-            if value != only:
-                raise ConfigError(
-                    f"train.{key} must be {only} for placement.mode {p.mode} with train.device cuda, got {value}; "
-                    "there is one GPU, which has one learner: set placement.mode=separate"
-                )
-    for key in ("gpu_memory_utilization", "enable_sleep_mode"):
-        if p.mode != "separate" and key in config.generation.engine_args:
-            raise ConfigError(
-                f"generation.engine_args.{key} must not be set for placement.mode {p.mode}, which sets it, got "
-                f"{config.generation.engine_args[key]!r}; set placement.generation_share instead"
-            )
-    if p.mode != "separate" and config.generation.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"generation.tensor_parallel_size must be 1 for placement.mode {p.mode}, where there is one GPU, got "
-            f"{config.generation.tensor_parallel_size}; set placement.mode=separate"
-        )
-    actors = sum(generation_actors(config, samples).values())
-    if p.mode in ("shared", "turns"):
-        shares = [Claim(f"generation-{i}", p.generation_share) for i in range(actors)]
-        if p.mode == "shared" and config.train.device == "cuda":
-            shares.append(Claim("learner-0", p.learner_share))
-        check_shares(shares)
-
-
-def check_transport(config: Config) -> None:
-    """Refuse a way of new weights that its two ends cannot take.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    way, p = config.generation.transport, config.placement
-    if way == "store":
-        return
-    if config.generation.engine != "vllm":
-        raise ConfigError(
-            f"generation.transport must be store for generation.engine {config.generation.engine}, which has no GPU, "
-            f"got {way}; leave it out, or take the engine vllm"
-        )
-    if config.train.device != "cuda":
-        raise ConfigError(
-            f"generation.transport must be store where train.device is {config.train.device}, got {way}; the bytes go "
-            "from the learner's GPU: leave it out, or set train.device=cuda"
-        )
-    needs = {"nccl": "separate", "ipc": "shared"}[way]
-    if p.mode != needs:
-        why = {
-            "nccl": "a group of NCCL has each process on a GPU of its own",
-            "ipc": "CUDA IPC shares memory of one GPU that both are on at the same time",
-        }[way]
-        raise ConfigError(
-            f"generation.transport {way} needs placement.mode {needs}, got {p.mode}; {why}: set "
-            f"placement.mode={needs}, or leave generation.transport out"
-        )
-    limits = config.limits
-    if not 2 * limits.transport_timeout_s < limits.sync_timeout_s:
-        raise ConfigError(
-            f"limits.transport_timeout_s must be less than half of limits.sync_timeout_s ({limits.sync_timeout_s:g}), "
-            f"got {limits.transport_timeout_s:g}; what is late must have time left to come from the store"
-        )
 
 
 def measure_prompts(config: Config, task: Task, *, setting: str = "model.path") -> Lengths:

@@ -202,8 +202,7 @@ class Sampler:
     async def _rollouts(self, request: SampleRequest, problem: Problem) -> list[Trajectory]:
         if self._episodes is None:
             return [single_turn(sample) for sample in await self._engine.sample(request)]
-        plays = (self._episodes.play(self._engine, request, problem, i) for i in range(request.responses))
-        return list(await asyncio.gather(*plays))
+        return await self._episodes.play_group(self._engine, request, problem)
 
     async def run(self, index: int, problem: Problem) -> Outcome | StageError:
         """What became of the problem, or why it could not be judged.

@@ -1,6 +1,5 @@
 """The learner under Ray Train: its connection to the run, its worker function, and the group as the run sees it."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,9 +26,6 @@ from learners.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RESOURCE = "distrl_learner"
-"""A resource of their own: Ray Train counts a node's total CPUs, not the free ones."""
 
 OUTAGE_POLL_S = 0.2
 """Seconds between two calls to a process that is being started again."""
@@ -213,7 +209,7 @@ def make_trainer(config: Config, run_dir: RunDir, world: World) -> Trainer:
     return Trainer(model, tokenizer, build_recipe(config), settings, world)
 
 
-def worker_main(arguments: Mapping[str, Any]) -> None:
+def run_worker(arguments: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs, also in place of one that died."""
     config: Config = arguments["config"]
     limits = config.limits
@@ -268,13 +264,3 @@ def _learn(config: Config, run_dir: RunDir, link: RayLink) -> None:
     elif start.publish:
         resume = TrainState(step=0, version=0)  # the weights that the run began with, under a new version
     train(trainer, loop_settings(config, run_dir), link, world, resume, report, republish=start.publish)
-
-
-def train_environment() -> None:
-    """Settings that Ray Train reads from the environment; must be set before it is imported."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # A group leaves a node that is about to go because the driver asks it to.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -5,8 +5,8 @@ from typing import Any
 
 import ray
 
-from deploy.learner import RESOURCE, worker_main
 from deploy.placement import learner_gpus
+from deploy.ray_train import RESOURCE, worker_main
 from deploy.run_dir import RunDir
 from deploy.run_storage import storage_at
 from distrl.config import Config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import ray
 
-from deploy.learner import RESOURCE
+from deploy.ray_train import RESOURCE
 
 LOOK_S = 1.0
 """Seconds between two looks; Ray's table of nodes is in another process."""
@@ -22,6 +22,7 @@ class ClusterNode:
     """It was announced to go, as before a preemption: Ray starts nothing there any more."""
     goes_s: float | None = None
     """When it goes, in seconds since the epoch; None where nobody said."""
+    name: str = ""
 
 
 class Nodes:
@@ -43,6 +44,7 @@ class Nodes:
                     node["Resources"],
                     node["NodeID"] in draining,
                     draining.get(node["NodeID"], 0) / 1000 or None,
+                    node["NodeName"],
                 )
                 for node in ray.nodes()
                 if node["Alive"]

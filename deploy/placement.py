@@ -12,7 +12,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.check import RunPlan
-from deploy.learner import RESOURCE
+from deploy.nodes import Nodes, learner_room
+from deploy.ray_train import RESOURCE
 from deploy.roles import GENERATION_STAGES, generation_actors
 from distrl.config import Config
 from distrl.errors import ConfigError, DeadlineError, RefusedError
@@ -106,8 +107,8 @@ def check_learners(config: Config, plan: RunPlan, counts: Mapping[str, int]) -> 
     """
     if "learners" not in counts:
         return
-    wanted, nodes = counts["learners"], [n for n in ray.nodes() if n["Alive"]]
-    there = sum(int(n["Resources"].get(RESOURCE, 0)) for n in nodes)
+    wanted, nodes = counts["learners"], [n for n in Nodes().look() if not n.drains]
+    there = learner_room(nodes, "cpu")  # of GPUs below, with the names of those who take them
     if wanted > there:
         raise RefusedError(
             f"--learners must be at most {there}, the workers that the {len(nodes)} node(s) have room for (their "
@@ -115,7 +116,7 @@ def check_learners(config: Config, plan: RunPlan, counts: Mapping[str, int]) -> 
         )
     check_fits(
         claims(config, plan) + learner_claims(config, wanted),
-        [Node(n["NodeName"], n["Resources"].get("GPU", 0.0)) for n in nodes],
+        [Node(n.name, n.resources.get("GPU", 0.0)) for n in nodes],
     )
 
 

@@ -5,7 +5,7 @@ import os
 
 import ray
 
-from deploy.learner import RESOURCE, train_environment
+from deploy.ray_train import RESOURCE, train_environment
 
 
 def start_ray(pretend_gpus: int | None = None) -> bool:

@@ -4,7 +4,8 @@ A judge is one of `JUDGES`, or `module:name` of a function of the form
 
     def prefer(first, second, answer, metadata) -> float: ...      # P(first is better), in [0, 1]
 
-or of a class whose instances are a `Judge`.
+or of a class whose instances are a `Judge`. One that reads no position says so with an attribute `symmetric`, and is
+asked once.
 """
 
 import functools
@@ -62,13 +63,20 @@ class Preference:
         return abs(self.forwards - self.backwards)
 
 
+def is_symmetric(judge: Judge) -> bool:
+    """Whether the judge says of itself that prefer(x, y) + prefer(y, x) is 1 whatever it reads."""
+    return bool(getattr(judge, "symmetric", False))
+
+
 def symmetrised(judge: Judge, problem: "Problem", first: str, second: str) -> Preference:
-    """Asks in both orders.
+    """Asks in both orders, and once where the judge is symmetric: the other answer is known then.
 
     Raises:
         ValueError: a probability is not one. Whatever the judge raises.
     """
     forwards = _probability(judge.prefer(problem, first, second))
+    if is_symmetric(judge):
+        return Preference(forwards, forwards)
     backwards = 1.0 - _probability(judge.prefer(problem, second, first))
     return Preference(forwards, backwards)
 

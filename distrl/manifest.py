@@ -8,19 +8,21 @@ verified tensors together again.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from distrl.errors import DamagedWeightsError
 from distrl.messages import Chunk, Layout, Manifest, Span, TensorEntry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of a chunk."""
 
 
-def describe(tensors: Mapping[str, Tensor], *, version: int, step: int, weights: str = "policy") -> Manifest:
+def describe(tensors: "Mapping[str, Tensor]", *, version: int, step: int, weights: str = "policy") -> Manifest:
     """The manifest of some weights; reads every byte of them once.
 
     Args:
@@ -51,7 +53,7 @@ def lay_out(entries: Iterable[TensorEntry], chunk_bytes: int = CHUNK_BYTES) -> d
     return layout
 
 
-def cut(tensors: Mapping[str, Tensor], layout: Layout) -> Iterator[Chunk]:
+def cut(tensors: "Mapping[str, Tensor]", layout: Layout) -> Iterator[Chunk]:
     """The chunks of a layout in order, each a copy, made when it is asked for."""
     size = 0
     parts: list[Chunk] = []
@@ -67,7 +69,7 @@ def cut(tensors: Mapping[str, Tensor], layout: Layout) -> Iterator[Chunk]:
         yield np.concatenate(parts)
 
 
-def unpack(manifest: Manifest, layout: Layout, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+def unpack(manifest: Manifest, layout: Layout, chunks: Sequence[Chunk]) -> "dict[str, Tensor]":
     """The tensors of a layout, copied out of the chunks and compared with their hashes.
 
     Raises:
@@ -81,7 +83,9 @@ def _chosen(manifest: Manifest, layout: Layout) -> list[TensorEntry]:
     return [entry for entry in manifest.tensors if entry.name in layout]
 
 
-def _unpack_one(manifest: Manifest, entry: TensorEntry, layout: Layout, chunks: Sequence[Chunk]) -> Tensor:
+def _unpack_one(manifest: Manifest, entry: TensorEntry, layout: Layout, chunks: Sequence[Chunk]) -> "Tensor":
+    import torch
+
     where = f"policy version {manifest.version}: tensor {entry.name}"
     for span in layout[entry.name]:
         if span.chunk >= len(chunks) or span.offset + span.bytes > chunks[span.chunk].nbytes:
@@ -109,8 +113,10 @@ def _unpack_one(manifest: Manifest, entry: TensorEntry, layout: Layout, chunks: 
     return flat.reshape(entry.shape)
 
 
-def tensor_bytes(tensor: Tensor) -> Chunk:
+def tensor_bytes(tensor: "Tensor") -> Chunk:
     """The bytes of a tensor; shares its memory where it lies contiguous on the CPU."""
+    import torch
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

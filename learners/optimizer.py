@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from distrl.errors import ConfigError
 
@@ -77,6 +76,10 @@ def check_schedule(settings: OptimizerSettings) -> None:
 def _factor(
     name: str, rate: float, warmup: int, steps: int, options: tuple[tuple[str, float | str], ...]
 ) -> Callable[[int], float]:
+    if name in ("constant", "constant_with_warmup") and not options:
+        return lambda step: min(1.0, step / warmup) if warmup else 1.0
+
+    # Importing it takes over a second of the command's start, which most runs' schedules can do without.
     from transformers import get_scheduler
 
     nothing = torch.optim.SGD([torch.zeros(1)], lr=rate)
@@ -93,5 +96,7 @@ def _factor(
 
 def clip_gradient(model: nn.Module, max_norm: float) -> float:
     """Clips the global gradient norm in place; returns the norm before. Raises nothing on a non-finite norm."""
+    from torch.distributed.tensor import DTensor
+
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

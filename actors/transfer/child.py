@@ -16,15 +16,14 @@ POLL_S = 0.5
 
 
 def start_child(module: str, connection: Connection, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Runs `python -m module FD ...` with one end of a connection, which the caller then closes."""
+    """Runs `python -m module FD PARENT ...` with one end of a connection, which the caller then closes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", module, str(connection.fileno()), *arguments]
+    command = [sys.executable, "-m", module, str(connection.fileno()), str(os.getpid()), *arguments]
     return subprocess.Popen(command, pass_fds=[connection.fileno()], env=environment)
 
 
-def end_with_parent() -> None:
-    """Ends this process when the one that started it has ended, however it did."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """Ends this process when the one that started it, whose id it was given, has ended, however it did."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -218,8 +218,8 @@ def _offsets(entries: Iterable[TensorEntry]) -> Mapping[str, int]:
 
 
 def main() -> None:
-    fd, plane, timeout_s = sys.argv[1:]
-    end_with_parent()
+    fd, parent, plane, timeout_s = sys.argv[1:]
+    end_with_parent(int(parent))
     with Connection(int(fd)) as jobs:
         receive_jobs(jobs, known_plane(plane), float(timeout_s))
 

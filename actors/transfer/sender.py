@@ -128,8 +128,8 @@ def serve(connection: Connection, plane: Plane, host: str, timeout_s: float, dir
 
 
 def main() -> None:
-    fd, plane, host, timeout_s, directory = sys.argv[1:]
-    end_with_parent()
+    fd, parent, plane, host, timeout_s, directory = sys.argv[1:]
+    end_with_parent(int(parent))
     with Connection(int(fd)) as connection:
         serve(connection, known_plane(plane), host, float(timeout_s), Path(directory))
 

@@ -6,14 +6,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
-import torch
 
 from actors.calls import RayCaller, WorkerLostError, unwrap
 from actors.engines.build import build_adapters, build_engine
 from actors.episodes import EpisodeLimits, Episodes
 from actors.generation import Generation
-from actors.transfer.planes import known_plane
-from actors.transfer.receiver import Receiver
 from actors.transfer.transport import Transport
 from deploy.remote.located import Located, whereabouts
 from distrl.config import Config
@@ -21,6 +18,8 @@ from distrl.config_sections import LoraConfig
 from distrl.errors import DeadlineError, LostWeightsError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer
+from distrl.objectives import build
+from distrl.objectives.upkeep import Mixture
 from distrl.prompts import PromptEncoder
 from distrl.tasks.problem import Message
 from distrl.tickets import POLICY_WEIGHTS
@@ -37,10 +36,13 @@ class GenerationActor(Generation, Located):
         weights: Sequence[str] = (POLICY_WEIGHTS,),
         environments: Sequence[Any] = (),
     ) -> None:
+        import torch  # not at the top: holders of a handle import this module
+
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
         configs = {one: engine_config(config, one) for one in weights}
-        engines = {one: build_engine(configs[one], tokenizer) for one in weights}
+        shares = reference_shares(config)
+        engines = {one: build_engine(configs[one], tokenizer, shares.get(one, 0.0)) for one in weights}
         built = {one: build_adapters(configs[one], engine) for one, engine in engines.items()}
         adapters = {one: adapters for one, adapters in built.items() if adapters is not None}
         text = ModelText(tokenizer, config.environment.role)
@@ -78,10 +80,19 @@ def engine_config(config: Config, weights: str) -> Config:
     return config.model_copy(update=changes)
 
 
+def reference_shares(config: Config) -> dict[str, float]:
+    """By the name of weights that are mixed with the reference while they sample, its share."""
+    upkeep = build(config.objective.recipe, **config.objective.options).upkeep
+    return {name: kept.share for name, kept in upkeep.items() if isinstance(kept, Mixture)}
+
+
 def transport_of(config: Config, source: "StoreSource") -> Transport | None:
     """The way of `generation.transport`, for an actor that else takes weights from this source."""
     if config.generation.transport == "store":
         return None
+    from actors.transfer.planes import known_plane
+    from actors.transfer.receiver import Receiver
+
     timeout_s = config.limits.transport_timeout_s
     receiver = Receiver(known_plane(config.generation.transport), timeout_s)
     return Transport(source.ask, source.chunks, receiver, whereabouts().node, timeout_s)

@@ -16,8 +16,8 @@ class WinRate:
     """The reward of a response is how often it beats others of its group: the mean preference over `opponents` of them.
 
     Response i meets those that follow it in the group, in a circle, and is met by those before it: every pair is judged
-    once, in both orders, and counts for both. The sum over a group is half its size, whatever the judge says. A
-    response without another, as in evaluations, meets the reference answer.
+    once, in both orders unless the judge is symmetric, and counts for both. The sum over a group is half its size,
+    whatever the judge says. A response without another, as in evaluations, meets the reference answer.
 
     Args:
         judge: who compares.
@@ -94,6 +94,9 @@ class RewardModelJudge:
     Args:
         path: see `distrl.graders.reward_model.RewardModel`, as for the other arguments.
     """
+
+    symmetric = True
+    """Each response is scored by itself: asking in the other order would score both again for the same answer."""
 
     def __init__(self, path: str, device: str = "cpu", batch_size: int = 16) -> None:
         from distrl.graders.reward_model import RewardModel

@@ -95,8 +95,9 @@ class ServedModel:
         return self._endpoint.prefer(problem, first, second)
 
     def close(self) -> None:
-        """Ends the server."""
+        """Ends the server. What it wrote is kept only where it could not be started."""
         self._server.close()
+        self._server.remove_log()
 
 
 class _Server:
@@ -131,6 +132,9 @@ class _Server:
             self._process.wait(timeout=10.0)
         self._process.kill()
         self._process.wait()
+
+    def remove_log(self) -> None:
+        self._log.unlink(missing_ok=True)
 
 
 def _start(path: Path, port: int, engine_args: Mapping[str, object]) -> _Server:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from deploy.learner import RESOURCE
 from deploy.learner_watch import LearnerWatch, Size
 from deploy.nodes import ClusterNode, learner_room
+from deploy.ray_train import RESOURCE
 from deploy.supervisor import State
 from distrl.errors import RunError
 from distrl.messages import Whereabouts

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import ray
 
-from deploy.check import check_placement, check_run
+from deploy.check import check_run
+from deploy.check_gpus import check_placement
 from deploy.explain import explain
-from deploy.learner import RESOURCE
+from deploy.nodes import ClusterNode, Nodes
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
+from deploy.ray_train import RESOURCE
 from deploy.remote.generation import engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
@@ -165,6 +167,18 @@ def test_a_config_that_no_cluster_could_run_is_refused(keys: dict[str, Any], mes
     assert refusal(ConfigError, lambda: check_placement(config(**keys), SAMPLES)) == message
 
 
+def test_opponents_on_gpus_need_a_vllm_of_their_own() -> None:
+    samples = SAMPLES | {Role.OPPONENT}
+    keys = {"placement.mode": "separate", "generation.engine": "vllm"}
+    assert refusal(ConfigError, lambda: check_placement(config(**keys), samples)) == (
+        "generation.opponent_actors must be >= 1 for generation.engine vllm with placement.mode separate, got 0; a "
+        "vLLM holds one set of weights, and a second one for the role would take memory of the same GPU that the first "
+        "has: give the role actors of its own"
+    )
+    check_placement(config(**keys, **{"generation.opponent_actors": 1}), samples)
+    check_placement(config(**{"generation.engine": "vllm"}), samples)
+
+
 @pytest.fixture(scope="module")
 def four_gpus() -> Iterator[None]:
     start_ray(pretend_gpus=4)
@@ -279,9 +293,10 @@ def test_a_run_on_pretended_gpus_trains_to_its_end(four_gpus: None, model: Path,
 
 
 def nodes_with(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
-    rows = [{"NodeName": f"n{i}", "Alive": True, "Resources": r} for i, r in enumerate(resources)]
-    dead = {"NodeName": "dead", "Alive": False, "Resources": {RESOURCE: 8.0, "GPU": 8.0}}
-    monkeypatch.setattr(ray, "nodes", lambda: [*rows, dead])
+    """These nodes, and one that is about to go: it has no room for anybody."""
+    stay = tuple(ClusterNode(f"id{i}", r, name=f"n{i}") for i, r in enumerate(resources))
+    goes = ClusterNode("id-goes", {RESOURCE: 8.0, "GPU": 8.0}, drains=True, name="goes")
+    monkeypatch.setattr(Nodes, "look", lambda self: (*stay, goes))
 
 
 def test_more_learners_than_the_nodes_have_room_for_are_refused_with_the_shortfall(

@@ -47,6 +47,17 @@ def test_nash_mp_samples_opponents_and_online_ipo_compares_its_own_pairs(model: 
     assert Role.OPPONENT not in pairs.samples
 
 
+def test_nash_md_reads_the_reference_for_its_opponents_also_without_a_kl(model: Path) -> None:
+    given = {"reference.path": str(model)}
+    mixed = check_run(config(model, "nash_md", **given, **{"objective.options": {"tau": 0.0, "mixture": 0.25}}))
+    assert Role.OPPONENT in mixed.samples
+    assert not mixed.scores_reference
+    nobody = {"tau": 0.0, "mixture": 0.0}
+    assert refusal(
+        ConfigError, lambda: check_run(config(model, "nash_md", **given, **{"objective.options": nobody}))
+    ).startswith("reference.path must be empty for objective.recipe nash_md as configured")
+
+
 def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Path) -> None:
     nobody = {"preference.function": None}
     options = {"kl_coefficient": 0.01, "reference": "reset"}
@@ -84,6 +95,28 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         ),
         (
             "nash_mp",
+            {"preference.parallel": 2},
+            "preference.parallel must be left out with preference.function reward_difference, got 2; a difference of "
+            "rewards takes none",
+        ),
+        (
+            "nash_mp",
+            {"preference.function": "tests.test_preferences:longer", "preference.scale": 2.0},
+            "preference.scale must be left out with preference.function tests.test_preferences:longer, got 2.0; only "
+            "reward_difference is scaled",
+        ),
+        (
+            "nash_mp",
+            {
+                "preference.function": "judge",
+                "preference.options": {"url": "http://localhost:8000/v1", "model": "m"},
+                "preference.scale": 0.5,
+            },
+            "preference.scale must be left out with preference.function judge, got 0.5; only reward_difference is "
+            "scaled",
+        ),
+        (
+            "nash_mp",
             {"preference.function": "judge", "preference.options": {"url": "http://localhost:8000/v1"}},
             "preference.function: the options of judge must be its arguments, got {'url': 'http://localhost:8000/v1'}: "
             "missing a required argument: 'model'; correct them in preference.options",
@@ -96,10 +129,10 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         ),
         (
             "nash_md",
-            {},
-            "objective.recipe nash_md asks for opponent that samples from policy^0.875 reference^0.125, mixed token by "
-            "token, which no engine does yet; use nash_mp, whose opponents are an average or a snapshot of the "
-            "policy's weights",
+            {"generation.engine": "vllm"},
+            "generation.engine must be transformers for objective.recipe nash_md, whose opponent samples from "
+            "policy^0.875 reference^0.125, mixed token by token, got vllm; a vLLM samples from one model alone: change "
+            "the engine, or use nash_mp, whose opponents are an average or a snapshot of the policy's weights",
         ),
         (
             "online_ipo",
@@ -115,5 +148,8 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(model: Path, recipe: str, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    model: Path, recipe: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.check.find_spec", lambda name: name)  # as if vLLM were installed
     assert refusal(ConfigError, lambda: check_run(config(model, recipe, **changes))) == message

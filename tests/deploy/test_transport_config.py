@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor, ones
 
-from deploy.check import check_transport
+from deploy.check_gpus import check_transport
 from deploy.offering import OfferingPublisher
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError, DeadlineError

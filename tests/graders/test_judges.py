@@ -41,6 +41,19 @@ def test_both_orders_are_asked_and_a_bias_cancels() -> None:
     assert symmetrised(Table(0.2), PROBLEM, "1", "3").probability == pytest.approx(1 - biased.probability)
 
 
+def test_a_judge_that_says_it_is_symmetric_is_asked_once() -> None:
+    class Symmetric(Table):
+        symmetric = True
+
+    judge, plain = Symmetric(), Table()
+    once, twice = (symmetrised(one, PROBLEM, "3", "1") for one in (judge, plain))
+    assert (judge.asked, plain.asked) == ([("3", "1")], [("3", "1"), ("1", "3")])
+    assert (once.probability, once.disagreement) == (pytest.approx(twice.probability), 0.0)
+    judge.asked.clear()
+    WinRate(judge, 5)([PROBLEM] * 4, ["1", "2", "3", "4"])
+    assert len(judge.asked) == 6  # pairs
+
+
 def test_a_judge_of_positions_prefers_nobody() -> None:
     preference = symmetrised(Table(bias=9.0), PROBLEM, "3", "1")
     assert (preference.probability, preference.disagreement) == (0.5, 1.0)

@@ -14,7 +14,7 @@ from distrl.errors import DataError
 from distrl.graders.build import build_graders
 from distrl.graders.config import GraderConfig
 from distrl.graders.grade import Grade
-from distrl.graders.preference import ModelJudge
+from distrl.graders.preference import ModelJudge, RewardModelJudge
 from distrl.graders.reward_model import RewardModel, content_version
 from distrl.preferences import Contestant, make_comparison
 from distrl.tasks import Problem
@@ -119,6 +119,11 @@ def test_the_same_model_compares_the_responses_of_nash_learning(tmp_path: Path) 
     path = make(tmp_path / "rm")
     one, other = alone(path, "21"), alone(path, "0")
     comparison = make_comparison(PreferenceConfig(function="preference_model", options={"path": path}))
+    judge, scored = comparison.judge, []
+    assert isinstance(judge, RewardModelJudge)
+    model = judge._model
+    judge._model = lambda problems, responses: scored.append(list(responses)) or model(problems, responses)  # type: ignore[assignment]
     found = comparison.compare(PROBLEM, Contestant("p0.0.0", "21"), Contestant("o0.0.0", "0"))
-    assert comparison.symmetrize
+    # Either order gives the same scores: one call of the model.
+    assert scored == [["21", "0"]]
     assert found.probability == pytest.approx(1 / (1 + math.exp(other - one)), abs=1e-5)

@@ -93,8 +93,11 @@ class Case:
     """How a run is made; the tickets are the same in all."""
 
     recipe: str = "ppo"
+    options: Mapping[str, Any] = field(default_factory=dict)
     parallel: str = "ddp"
     dtype: torch.dtype = torch.float64
+    """Of the parameters."""
+    products: torch.dtype = torch.float32
     layout: str = "bucketed"
     micro_batch_tokens: int = 64
     activation_checkpointing: bool = False
@@ -117,10 +120,11 @@ def run(case: Case, directory: Path, world: World | None = None, resume: Path | 
         layout=case.layout,  # type: ignore[arg-type]
         parallel=ParallelSettings(
             case.parallel,  # type: ignore[arg-type]
+            case.products,
             activation_checkpointing=case.activation_checkpointing,
         ),
     )
-    trainer = Trainer(make_model(case.dtype), Tokenizer(), build(case.recipe), settings, world)
+    trainer = Trainer(make_model(case.dtype), Tokenizer(), build(case.recipe, **case.options), settings, world)
     link = FixedLink()
     state = None if resume is None else trainer.restore(resume)
     train(trainer, settings, link, world, state, lambda metrics: None)

@@ -20,8 +20,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from deploy.audit import audit_run
-from deploy.learner import RESOURCE, train_environment
 from deploy.process_table import read_processes
+from deploy.ray_train import RESOURCE, train_environment
 from deploy.run_dir import RunDir
 from deploy.scaling import scale_run
 from distrl.audit import Audit

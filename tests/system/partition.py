@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.audit import audit_run
-from deploy.learner import RESOURCE
+from deploy.ray_train import RESOURCE
 from deploy.scaling import scale_run
 from distrl.audit import Audit
 from distrl.models import TinyArchitecture, make_tiny_model

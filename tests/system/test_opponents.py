@@ -1,5 +1,6 @@
 """Tickets that meet opponents: sampled from anchor weights, compared, drawn again where an actor dies."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from actors.grading import Grading
 from distrl.errors import RunError, StageError
 from distrl.judges import FunctionJudge
+from distrl.messages import BatchGrant
 from distrl.preferences import Comparison
 from distrl.sampling import SampleRequest
 from distrl.schema import Role
@@ -22,7 +24,7 @@ def beats(first: str, second: str, answer: str, metadata: Mapping[str, object]) 
 
 
 def system(directory: Path, opponents: int = 2, **changes: Any) -> InProcessRun:
-    made = build(directory, own_actors=(Role.OPPONENT,), max_staleness=1, **changes)
+    made = build(directory, own_actors=(Role.OPPONENT,), **{"max_staleness": 1, **changes})
     for member in made.pipeline.grading.members:
         grading: Grading = member.caller._worker  # type: ignore[attr-defined]
         comparison = Comparison("beats", FunctionJudge(beats), False, 1.0, parallel=2)
@@ -87,6 +89,42 @@ def test_new_opponents_are_sampled_once_their_weights_are_published(tmp_path: Pa
         await until(lambda: pool.members[0].others.get("opponent") == 1)
 
     run(play())
+
+
+def test_opponents_of_a_synchronous_run_wait_for_the_newest_weights(tmp_path: Path) -> None:
+    sampled_by: list[tuple[str, int]] = []
+
+    async def play() -> None:
+        fetching, loads = asyncio.Event(), asyncio.Event()
+
+        def look(request: SampleRequest) -> None:
+            if request.request_id.startswith("o"):
+                sampled_by.append((request.request_id, made.engines[-1].version))
+
+        async def hold_the_first(version: int) -> None:
+            made.before_fetch = None
+            fetching.set()
+            await loads.wait()
+
+        made = system(tmp_path, max_staleness=0, fail=look)
+        await made.coordinator.start()
+        grant = await made.coordinator.next_batch(1)
+        assert isinstance(grant, BatchGrant)
+        version = await made.report(grant)
+        await until(made.coordinator._may_load.is_set)  # the first evaluation is over
+        made.before_fetch = hold_the_first
+        await made.publish_as("opponent", version, step=1)
+        await fetching.wait()
+        await made.publish(version, step=1)
+        # The policy's responses are there, and their opponents are not asked for.
+        await until(lambda: states(made).get("generated") == 2)
+        assert {held for _, held in sampled_by} == {0}
+        assert len(sampled_by) == 2
+        loads.set()
+        await made.learn(2)
+
+    run(play())
+    assert [held for _, held in sampled_by] == [0, 0, 1, 1]
 
 
 def test_a_run_that_goes_on_without_publishing_its_anchor_ends_with_the_cause(tmp_path: Path) -> None:
