@@ -162,7 +162,9 @@ class Terminal:
         else:
             table.add_row("step", f"{done} of {self._steps}")
             table.add_row("reward", f"{sum(self._rewards) / len(self._rewards):.3f}  (mean of 5 steps)")
-            table.add_row("staleness", age_in_words(self._step))
+            mean, most = self._step["staleness_mean"], self._step["staleness_max"]
+            age = age_in_words(self._step) if mean is None else f"mean {mean:.2f}, max {most} steps"
+            table.add_row("staleness", age)
         if self._evaluation is not None:
             table.add_row("held-out", _evaluation_line(self._evaluation))
         if self._snapshot is not None:

@@ -62,8 +62,8 @@ _WEIGHTS = {Role.REFERENCE: "reference", Role.OPPONENT: "opponent"}
 def weights_of(role: str) -> str:
     """Name of the weights that a role's responses are sampled from.
 
-    `policy`: the newest that the learner published. `reference`: the reference model, fixed. `opponent`: an anchor of
-    the policy, published under that name.
+    `policy`: the newest that the learner published, or, of what is replayed, those of the run that recorded it.
+    `reference`: the reference model, fixed. `opponent`: an anchor of the policy, published under that name.
     """
     return _WEIGHTS.get(Role(role), POLICY_WEIGHTS)
 
