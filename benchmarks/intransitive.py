@@ -6,9 +6,9 @@ A response is one letter, its style: a beats b, b beats c, c beats a, and anythi
 with a, b and c in unequal shares; the equilibrium of the game that is regularized towards it is known exactly
 (`distrl.tabular.nash_equilibrium`), prompt by prompt. The real engine, stages, objective and learner train in one
 process, synchronously. Prints a JSON line per arm: the distance KL(equilibrium || policy) over steps, and how often
-the trained policy beats the start, with a 95% interval; writes docs/studies/nash.md with a plot. Ends with status 1
-where Nash-MP does not stay within half of the start's distance from the equilibrium over the last five points, does not
-beat the start, or self-play ends as close.
+the trained policy beats the start, with a 95% interval; writes docs/studies/nash.md with a plot, in which arms and
+seeds that were not run keep their numbers. Ends with status 1 where Nash-MP does not stay within half of the start's
+distance from the equilibrium over the last five points, does not beat the start, or self-play ends as close.
 """
 
 import argparse
