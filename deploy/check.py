@@ -19,6 +19,7 @@ from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
 from distrl.tasks import Task, load_task
+from distrl.tickets import weights_of
 from learners.optimizer import OptimizerSettings, check_schedule
 
 SAMPLED = {"preference": Role.OPPONENT}
@@ -310,7 +311,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
     if plan.values.unsolved:
         left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     if c.preference.function is not None:
-        how = f"{plan.opponents} opponent(s) each" if plan.opponents else "in pairs"
+        who = plan.recipe.upkeep.get(weights_of(Role.OPPONENT))
+        how = "in pairs" if who is None else f"{plan.opponents} opponent(s) each: {who.describe()}"
         reference += f"; {c.preference.function} compares responses with {how}"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [
