@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from deploy.check import check_run, explain
+from deploy.check import check_run
 from deploy.check_gpus import check_placement
+from deploy.explain import explain
 from deploy.nodes import ClusterNode, Nodes
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
 from deploy.ray_train import RESOURCE
