@@ -21,6 +21,7 @@ from actors.pipeline import Pipeline
 from actors.policy_versions import PolicyVersions
 from actors.pool import Member, Pool
 from actors.recorder import Recorder
+from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
 from actors.turns import Turns
 from actors.updates import Unversioned, Updates
@@ -42,6 +43,7 @@ class Coordinator:
         pipeline: the stages.
         clock: seconds since the epoch.
         keeper: of the checkpoints' files; None deletes those on this machine, and copies no ledger.
+        replays: which recorded tickets are replayed; None where `settings.replays_per_step` is 0.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Coordinator:
         recorder: Recorder,
         clock: Callable[[], float],
         keeper: Keeper | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self._settings = settings
         self._keeper = keeper
@@ -65,7 +68,7 @@ class Coordinator:
         self._outcome = Outcome(recorder)
         self._versions = PolicyVersions(ledger)
         self._dispatcher = Dispatcher(
-            settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock
+            settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock, replays
         )
         self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome)
         # No weights of opponents are there before the first publication: engines start from the policy's.
@@ -295,7 +298,7 @@ class Coordinator:
     def _grant(self, flight: Flight) -> TicketGrant:
         grant = self._ticket_grant(flight)
         bound = self._settings.admission.max_staleness
-        if self._settings.on_stale != "keep" and grant.staleness > bound:
+        if self._settings.on_stale != "keep" and grant.staleness is not None and grant.staleness > bound:
             raise LedgerError(
                 f"ticket {grant.ticket_id} would be trained with staleness {grant.staleness}, train.max_staleness is "
                 f"{bound}; this is a fault of distrl, please report it"
@@ -306,7 +309,7 @@ class Coordinator:
     def _ticket_grant(self, flight: Flight) -> TicketGrant:
         # The step before may not be published yet; its weights are what this batch is trained on all the same.
         behind = (self._step - 1) - self._versions.published.step
-        age = self._versions.age(flight.versions) + behind
+        age = None if flight.ticket.recorded is not None else self._versions.age(flight.versions) + behind
         return TicketGrant(flight.ticket.ticket_id, flight.generation, flight.grading, flight.reference, age)
 
     # The learner ------------------------------------------------------------------------------------------------
@@ -352,7 +355,9 @@ class Coordinator:
         if session is None or session >= self._learner.session:
             self._outcome.fail(RunError(f"the learner failed: {cause}"))
 
-    async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int], session: int | None = None) -> int:
+    async def trained(
+        self, report: StepReport, staleness_by_ticket: dict[int, int | None], session: int | None = None
+    ) -> int:
         """The learner has done a step. Returns the version number for the weights it made.
 
         Telling it again changes nothing and gives the same number.
@@ -461,6 +466,8 @@ class Coordinator:
         self._dispatcher.issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
+        if not problems:
+            return  # a run that only replays may have nobody to sample
         result: Evaluation = await self._evaluator.run(name, problems, self._versions.published.step)
         self._ledger.record_evaluation(result.row())
         self._recorder.evaluation(result.row())

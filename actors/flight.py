@@ -28,9 +28,7 @@ class Flight:
     """Reference to the generation batch of the ticket's opponents, where it has some."""
     bytes: int = 0
     versions: tuple[int, ...] = ()
-    """All policy versions that sampled one of its tokens."""
-    oldest_version: int = 0
-    newest_version: int = 0
+    """All policy versions that sampled one of its tokens; none where it is replayed."""
     reward_mean: float = 0.0
     response_tokens: int = 0
     losses: int = 0

@@ -92,7 +92,9 @@ class Pipeline:
         """Told of every member that was taken out, with the cause."""
         self.rollouts: Counter[str] = Counter()
         """Rollouts that each stage has finished so far."""
-        stages = ("generation", "grading", "journal", *(() if reference is None else ("reference",)))
+        stages = ["generation", "grading", "journal"]
+        stages += ["reference"] if reference is not None else []
+        stages += ["replay"] if Role.REPLAY in self.own_pools else []
         self.retries: Counter[str] = Counter(dict.fromkeys(stages, 0))
         """Calls that were made again so far; calls of an unknown outcome count, too."""
         self.truncated = 0
@@ -146,13 +148,37 @@ class Pipeline:
         self.generated_tokens += receipt.response_tokens
         return receipt
 
+    async def recall(self, flight: Flight) -> tuple[GenerationReceipt, Grades]:
+        """Takes the ticket's responses with their grades from the recording of another run.
+
+        Raises:
+            TicketFailedError: every attempt failed. RunError: the recording is damaged.
+        """
+        pool, places = self.pool_of(Role.REPLAY), flight.ticket.group_size
+        timeout_s = self._limits.journal_timeout_s
+
+        async def attempt() -> tuple[GenerationReceipt, Grades]:
+            member = await pool.wait_take(places)
+            flight.enter("replay", self._clock())
+            try:
+                async with self._judge(pool, member, [flight]):
+                    read, flight.generation = await member.caller.batch("generate", flight.ticket, timeout_s=timeout_s)
+                    graded, flight.grading = await member.caller.batch("grades", flight.ticket, timeout_s=timeout_s)
+            finally:
+                await pool.give_back(member, places)
+            return read, Grades(graded.reward_sums[0], graded.correct[0], graded.rollouts[0], graded.components[0])
+
+        receipt: tuple[GenerationReceipt, Grades] = await self._attempts(flight, DropReason.REPLAY_FAILED, attempt)
+        self._span(flight, "replay", flight.stage_since_s)
+        return receipt
+
     async def grade_and_score(self, flight: Flight) -> Grades:
         """Grades the responses and, if the run has reference actors, scores them at the same time."""
         flight.enter("grading", self._clock())
         grading = asyncio.create_task(self.grade(flight))
         tasks: list[asyncio.Task[Any]] = [grading]
         if self.reference is not None:
-            tasks.append(asyncio.create_task(self._score(flight)))
+            tasks.append(asyncio.create_task(self.score(flight)))
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -169,7 +195,8 @@ class Pipeline:
         self.on_graded(flight, grades)
         return grades  # type: ignore[no-any-return]
 
-    async def _score(self, flight: Flight) -> None:
+    async def score(self, flight: Flight) -> None:
+        """Scores the responses with the reference model; only where the run has reference actors."""
         began = self._clock()
         _, flight.reference = await self._attempts(
             flight, DropReason.REFERENCE_FAILED, lambda: self._score_calls.submit(flight)

@@ -101,8 +101,8 @@ def gpu_nodes() -> list[Node]:
 
 
 def group_resources(config: Config, stage: str) -> dict[str, float]:
-    """What an actor of a stage takes so that it goes to the nodes of its group."""
-    return {GROUPS[stage]: 1.0} if config.placement.groups else {}
+    """What an actor of a stage takes so that it goes to the nodes of its group; nothing where the stage has none."""
+    return {GROUPS[stage]: 1.0} if config.placement.groups and stage in GROUPS else {}
 
 
 def check_learners(config: Config, plan: RunPlan, counts: Mapping[str, int]) -> None:

@@ -10,8 +10,9 @@ import pytest
 import ray
 
 from deploy import vstar
-from deploy.check import check_run, explain
+from deploy.check import check_run
 from deploy.check_gpus import check_placement
+from deploy.explain import explain
 from deploy.nodes import ClusterNode, Nodes
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
 from deploy.ray_train import RESOURCE

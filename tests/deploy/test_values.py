@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_graders, check_run, explain
+from deploy.check import check_graders, check_run
+from deploy.explain import explain
 from deploy.remote.coordinator import make_prompts
 from deploy.values import estimate, table_key, training_prompts
 from distrl.config import Config, make_config
