@@ -5,6 +5,8 @@ from deploy.replay_check import in_words
 from deploy.roles import generation_actors, own_actors
 from distrl.config import Config
 from distrl.graders.build import describe
+from distrl.schema import Role
+from distrl.tickets import weights_of
 
 
 def _places(config: Config, plan: RunPlan) -> list[str]:
@@ -50,7 +52,8 @@ def explain(config: Config, plan: RunPlan) -> list[str]:
     if plan.values.unsolved:
         left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
     if c.preference.function is not None:
-        how = f"{plan.opponents} opponent(s) each" if plan.opponents else "in pairs"
+        who = plan.recipe.upkeep.get(weights_of(Role.OPPONENT))
+        how = "in pairs" if who is None else f"{plan.opponents} opponent(s) each: {who.describe()}"
         reference += f"; {c.preference.function} compares responses with {how}"
     options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
     return [

@@ -41,7 +41,10 @@ def test_nash_mp_samples_opponents_and_online_ipo_compares_its_own_pairs(model: 
     plan = check_run(settings)
     assert plan.opponents == 2
     assert Role.OPPONENT in plan.samples
-    assert "reward_difference compares responses with 2 opponent(s) each" in "\n".join(explain(settings, plan))
+    assert (
+        "reward_difference compares responses with 2 opponent(s) each: moving average of the policy's weights, 0.01 of "
+        "the new ones after every step"
+    ) in "\n".join(explain(settings, plan))
     pairs = check_run(config(model, "online_ipo", **{"train.max_staleness": 0}))
     assert pairs.opponents == 0
     assert Role.OPPONENT not in pairs.samples
