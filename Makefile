@@ -113,8 +113,8 @@ study-off-policy: $(READY) ## Five objectives on stale data, three seeds; writes
 study-nash: $(READY) ## Nash-MP on a circular preference, three arms and three seeds; writes docs/studies/nash.md, half an hour
 	@$(BIN)/python -m benchmarks.intransitive $(ARGS)
 
-study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds, a quarter of an hour
-	@$(BIN)/python -m benchmarks.a_star_po
+study-a-star-po: $(READY) ## A*-PO against GRPO at equal rollouts, three seeds; writes docs/studies/a_star_po.md, a quarter of an hour
+	@$(BIN)/python -m benchmarks.a_star_po --page $(ARGS)
 
 .PHONY: help setup study-off-policy study-nash study-a-star-po setup-vllm setup-trl setup-s3 quickstart test test-system test-nodes test-vllm check fix chaos sigkill simulate bench study lock
 

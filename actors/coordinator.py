@@ -21,10 +21,11 @@ from actors.pipeline import Pipeline
 from actors.policy_versions import PolicyVersions
 from actors.pool import Member, Pool
 from actors.recorder import Recorder
+from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
 from actors.turns import Turns
 from actors.updates import Unversioned, Updates
-from actors.waits import WaitReport, blame
+from actors.waits import Activity, WaitReport, blame
 from distrl.errors import LedgerError, RunError
 from distrl.ledger import Ledger
 from distrl.ledger_reader import Checkpoint
@@ -42,6 +43,7 @@ class Coordinator:
         pipeline: the stages.
         clock: seconds since the epoch.
         keeper: of the checkpoints' files; None deletes those on this machine, and copies no ledger.
+        replays: which recorded tickets are replayed; None where `settings.replays_per_step` is 0.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Coordinator:
         recorder: Recorder,
         clock: Callable[[], float],
         keeper: Keeper | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self._settings = settings
         self._keeper = keeper
@@ -65,13 +68,19 @@ class Coordinator:
         self._outcome = Outcome(recorder)
         self._versions = PolicyVersions(ledger)
         self._dispatcher = Dispatcher(
-            settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock
+            settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock, replays
         )
-        self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome)
+        self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome, clock=clock)
         # No weights of opponents are there before the first publication: engines start from the policy's.
         self._opponent_weights = Unversioned(Version(0, None, 0))
         self._opponents = Updates(
-            self._opponent_weights, pipeline, settings.updates, recorder, self._outcome, weights_of(Role.OPPONENT)
+            self._opponent_weights,
+            pipeline,
+            settings.updates,
+            recorder,
+            self._outcome,
+            weights_of(Role.OPPONENT),
+            clock,
         )
         self._may_load = asyncio.Event()
         """Set once the weights may change that sample for training."""
@@ -86,6 +95,7 @@ class Coordinator:
         self._resumed = self._versions.has_past
         self._evaluation: asyncio.Task[None] | None = None
         self._waits = WaitReport()
+        self._learner_does = Activity(clock)
         self._learner_waits_since: float | None = None
         self._recovered = asyncio.Event()
         self._turns = (
@@ -253,6 +263,7 @@ class Coordinator:
         if self._turns is not None:
             await self._turns.to_generation()  # a learner that asks has given its memory back
         began = self._learner_waits_since = self._clock()
+        self._learner_does.begin(f"waits for the batch of step {step}")
         batch: list[Flight] = []
         async with self._outcome.changed:
             while not self._learner.must_leave(session) and not (batch := self._dispatcher.choose(self._step)):
@@ -277,6 +288,7 @@ class Coordinator:
         if self._turns is not None:
             await self._turns.to_learner()
         self._step = step
+        self._learner_does.begin(f"trains step {step} on {len(batch)} tickets")
         tickets = [self._grant(flight) for flight in batch]
         self._dispatcher.issue()
         return BatchGrant(step, tuple(tickets))
@@ -295,7 +307,7 @@ class Coordinator:
     def _grant(self, flight: Flight) -> TicketGrant:
         grant = self._ticket_grant(flight)
         bound = self._settings.admission.max_staleness
-        if self._settings.on_stale != "keep" and grant.staleness > bound:
+        if self._settings.on_stale != "keep" and grant.staleness is not None and grant.staleness > bound:
             raise LedgerError(
                 f"ticket {grant.ticket_id} would be trained with staleness {grant.staleness}, train.max_staleness is "
                 f"{bound}; this is a fault of distrl, please report it"
@@ -306,7 +318,7 @@ class Coordinator:
     def _ticket_grant(self, flight: Flight) -> TicketGrant:
         # The step before may not be published yet; its weights are what this batch is trained on all the same.
         behind = (self._step - 1) - self._versions.published.step
-        age = self._versions.age(flight.versions) + behind
+        age = None if flight.ticket.recorded is not None else self._versions.age(flight.versions) + behind
         return TicketGrant(flight.ticket.ticket_id, flight.generation, flight.grading, flight.reference, age)
 
     # The learner ------------------------------------------------------------------------------------------------
@@ -322,6 +334,7 @@ class Coordinator:
         checkpoint = self._ledger.last_checkpoint()
         lossless = self._learner.left and self._is_saved(checkpoint)
         session = self._learner.sit(where, workers)
+        self._learner_does.begin("loads its weights")
         self._updates.expect_nothing()
         await self._outcome.notify()  # a call of the process before may still wait for a batch
         group = f", the first of {len(workers)}," if len(workers) > 1 else ""
@@ -352,7 +365,9 @@ class Coordinator:
         if session is None or session >= self._learner.session:
             self._outcome.fail(RunError(f"the learner failed: {cause}"))
 
-    async def trained(self, report: StepReport, staleness_by_ticket: dict[int, int], session: int | None = None) -> int:
+    async def trained(
+        self, report: StepReport, staleness_by_ticket: dict[int, int | None], session: int | None = None
+    ) -> int:
         """The learner has done a step. Returns the version number for the weights it made.
 
         Telling it again changes nothing and gives the same number.
@@ -366,6 +381,7 @@ class Coordinator:
             if report.skipped is not None:
                 self._recorder.event("skipped_step", report.skipped)
             self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
+            self._learner_does.begin(f"publishes policy version {version}")
         return self._updates.expect(version)
 
     async def restored(self, step: int, session: int | None = None) -> int:
@@ -389,7 +405,9 @@ class Coordinator:
         returned = await self._dispatcher.roll_back(step)
         self._step = step
         self._recorder.event("rolled_back", f"to step {step}, {returned} trained tickets are ready again")
-        return self._updates.expect(self._versions.allocate(step))
+        version = self._versions.allocate(step)
+        self._learner_does.begin(f"publishes policy version {version} again")
+        return self._updates.expect(version)
 
     async def published(self, version: int, step: int, manifest_sha256: str, weights: str = POLICY_WEIGHTS) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them.
@@ -400,7 +418,7 @@ class Coordinator:
         if weights != POLICY_WEIGHTS:
             if self._opponents.arrived(version):
                 self._opponent_weights.published = Version(version, None, step)
-                if self._resumed:
+                if self._resumed or self._settings.admission.max_staleness == 0:
                     self._dispatcher.first_opponent = version
             await self._outcome.notify()
             return
@@ -410,6 +428,7 @@ class Coordinator:
             await self._outcome.notify()
             return
         self._versions.publish(version, manifest_sha256)
+        self._learner_does.begin(f"has published policy version {version} and asks for no batch, or makes a checkpoint")
         self._dispatcher.flights.release()
         every = self._settings.evaluate_every_steps
         if self._resumed and self._settings.opponents and not self._dispatcher.first_opponent:
@@ -461,6 +480,8 @@ class Coordinator:
         self._dispatcher.issue()
 
     async def _evaluate(self, name: str, problems: Sequence[Problem]) -> None:
+        if not problems:
+            return  # a run that only replays may have nobody to sample
         result: Evaluation = await self._evaluator.run(name, problems, self._versions.published.step)
         self._ledger.record_evaluation(result.row())
         self._recorder.evaluation(result.row())
@@ -486,10 +507,11 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._dispatcher.held.read(),
             **self._crew.report(),
+            "evaluating": self._evaluator.report(self._clock()),
             "truncated": self._pipeline.truncated,
             "generated_tokens": self._pipeline.generated_tokens,
             "retries": dict(self._pipeline.retries),
-            "learner": self._learner.report(),
+            "learner": {**self._learner.report(), **self._learner_does.report()},
             "started": self._started,
             "resumed": self._versions.has_past,
         }

@@ -8,17 +8,21 @@ from actors.calls import DataLostError
 from actors.flight import Flight
 from actors.flights import Flights
 from actors.outcome import Outcome
-from actors.pipeline import Pipeline, TicketFailedError
+from actors.pipeline import Grades, Pipeline, TicketFailedError
 from actors.policy_versions import PolicyVersions
 from actors.pool import Member
 from actors.recorder import Recorder
+from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
+from actors.streams import ReplayedFlights, Streams
 from actors.waits import Stopwatch
 from distrl.errors import DistrlError, RunError
 from distrl.ledger import Draw, JournalledTicket, Ledger
+from distrl.messages import GenerationReceipt
 from distrl.schema import Role
 from distrl.seeding import Purpose
-from distrl.tickets import DropReason, ReturnCause, Ticket, weights_of
+from distrl.tasks.problem import Problem
+from distrl.tickets import DropReason, Recorded, ReturnCause, Ticket, weights_of
 
 
 class Dispatcher:
@@ -39,6 +43,7 @@ class Dispatcher:
         recorder: Recorder,
         outcome: Outcome,
         clock: Callable[[], float],
+        replays: Replays | None = None,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
@@ -50,11 +55,11 @@ class Dispatcher:
         self._clock = clock
         self.issuing = False
         self.first_opponent = 0
-        """Oldest version that opponents are sampled from; after a restart engines start from weights that are none."""
+        """Oldest version that opponents are sampled from: after a restart engines start from weights that are none, and
+        who meets whom in a synchronous run must not depend on who loads first."""
         self._beside = Beside(pipeline, settings.seed, clock)
-        self.flights = Flights(
-            settings.admission, settings.on_stale, settings.ready_bytes, trained_steps=ledger.trained_step()
-        )
+        self.flights = _streams(settings, ledger.trained_step())
+        self._replays = replays
         self.held = Stopwatch(clock)
         """While generation is idle because only the learner's progress allows to issue more."""
         self._again: deque[Draw] = deque()  # issued before, and to be sampled again
@@ -71,7 +76,8 @@ class Dispatcher:
         recovery = self._ledger.take_up()
         for kept in recovery.ready:
             self.flights.take_back(await self._read_back(kept))
-        self._again.extend(recovery.issued)
+        for draw in recovery.issued:
+            self._put_back(draw)
         return len(recovery.ready), len(recovery.issued)
 
     async def roll_back(self, step: int) -> int:
@@ -81,7 +87,8 @@ class Dispatcher:
             How many tickets that were trained are ready again.
         """
         for flight in (*self.flights.under_way.values(), *self.flights.granted.values()):
-            flight.oldest_step = min(flight.oldest_step, self._versions.step_of(*flight.versions))
+            if flight.versions:
+                flight.oldest_step = min(flight.oldest_step, self._versions.step_of(*flight.versions))
         returned = [await self._read_back(kept) for kept in self._ledger.roll_back(step)]
         self.flights.roll_back(step, returned)
         self._return_abandoned()
@@ -95,9 +102,13 @@ class Dispatcher:
             await self._pipeline.read_back(flight, ticket.journal_file, ticket.journal_sha256)
 
     async def _read_back(self, kept: JournalledTicket) -> Flight:
-        flight = self._flight(Draw(kept.ticket_id, kept.prompt_id, kept.redraw), self._versions.step_of(*kept.versions))
-        flight.versions = kept.versions
-        flight.oldest_version, flight.newest_version = kept.oldest_version, kept.newest_version
+        draw = Draw(kept.ticket_id, kept.prompt_id, kept.redraw)
+        recorded = self._recorded(draw)
+        if recorded is not None:
+            flight = self._replay_flight(draw, recorded)
+        else:
+            flight = self._flight(draw, self._versions.step_of(*kept.versions))
+            flight.versions = kept.versions
         flight.reward_mean, flight.response_tokens = kept.reward_mean, kept.response_tokens
         await self._pipeline.read_back(flight, kept.journal_file, kept.journal_sha256)
         return flight
@@ -106,17 +117,36 @@ class Dispatcher:
         """Issues as many tickets as the staleness contract and the free places allow."""
         settings, flights = self._settings, self.flights
         held = False
-        while self.issuing and self._outcome.fatal is None and flights.wanted(settings.steps) > 0:
-            if not flights.may_issue():
-                held = True
+        while self.issuing and self._outcome.fatal is None and (due := flights.due(settings.steps)) is not None:
+            if not due.may_issue():
+                held = due is flights.fresh
                 break
-            oldest_step = settings.admission.oldest_step_for(flights.outstanding, self._versions.published.step)
+            if due is flights.replayed:
+                self._launch_replay()
+                continue
+            oldest_step = settings.admission.oldest_step_for(due.outstanding, self._versions.published.step)
             member = self._pipeline.generation.take(settings.group_size, at_least(oldest_step))
             if member is None:
                 break
             self._launch(member, self._again.popleft() if self._again else self._draw())
         # Held back: there are free places, and only the learner's progress allows to fill them.
         self.held.set(held and self._pipeline.generation.busy == 0)
+
+    def _launch_replay(self) -> None:
+        assert self._replays is not None
+        try:
+            draw = self._replays.next()
+        except RunError as error:
+            self._outcome.fail(error)
+            return
+        recorded = self._recorded(draw)
+        assert recorded is not None
+        flight = self._replay_flight(draw, recorded)
+        self.flights.add(flight)
+        flight.task = self._outcome.spawn(self._carry(flight, None))
+
+    def _recorded(self, draw: Draw) -> Recorded | None:
+        return None if self._replays is None else self._replays.recorded(draw.ticket_id)
 
     def _draw(self) -> Draw:
         return self._ledger.issue(lambda ticket_id: self._prompts.draw(ticket_id).prompt_id)
@@ -148,29 +178,37 @@ class Dispatcher:
         )
         return Flight(ticket, problem, oldest_step, issued_s=self._clock())
 
-    async def _carry(self, flight: Flight, member: Member) -> None:
-        """Takes one ticket through its stages until it is ready, dropped, or has to be sampled again."""
+    def _replay_flight(self, draw: Draw, recorded: Recorded) -> Flight:
+        ticket = Ticket(
+            ticket_id=draw.ticket_id,
+            redraw=draw.redraw,
+            prompt_id=draw.prompt_id,
+            prompt="",  # its tokens are recorded
+            role=Role.REPLAY,
+            group_size=self._settings.group_size,
+            stream=(),
+            v_star=self._prompts.values.get(draw.prompt_id),
+            recorded=recorded,
+        )
+        # Nobody grades it again, so that its answer is not asked for.
+        return Flight(ticket, Problem(draw.prompt_id, "", ""), oldest_step=0, issued_s=self._clock())
+
+    async def _carry(self, flight: Flight, member: Member | None) -> None:
+        """Takes one ticket through its stages until it is ready, dropped, or has to be had again.
+
+        Args:
+            member: where places are taken to sample it; None for one that is replayed.
+        """
         ticket_id = flight.ticket.ticket_id
         if flight.aborted:  # before it began
-            await self._pipeline.generation.give_back(member, self._settings.group_size)
+            if member is not None:
+                await self._pipeline.generation.give_back(member, self._settings.group_size)
             return
         try:
-            # Looked at with every attempt: a roll-back may ask for less meanwhile.
-            receipt = await self._pipeline.sample(flight, member, lambda m: m.step >= flight.oldest_step)
-            flight.versions = receipt.versions
-            flight.oldest_version, flight.newest_version = receipt.oldest_version, receipt.newest_version
-            flight.oldest_step = self._versions.step_of(*receipt.versions)
-            flight.response_tokens = receipt.response_tokens
-            self.flights.sampled(flight, receipt.bytes)
-            self._ledger.mark_generated(
-                ticket_id,
-                versions=receipt.versions,
-                rollouts=receipt.rollouts,
-                response_tokens=receipt.response_tokens,
-            )
-            if self._settings.opponents:
-                await self._sample_opponents(flight)
-            grades = await self._pipeline.grade_and_score(flight)
+            if member is None:
+                grades = await self._recall(flight)
+            else:
+                grades = await self._sample(flight, member)
             flight.reward_mean = grades.reward_sum / grades.rollouts
             journalled = await self._pipeline.journal(flight)
         except TicketFailedError as error:
@@ -187,6 +225,36 @@ class Dispatcher:
         self.issue()
         await self._outcome.notify()
 
+    async def _sample(self, flight: Flight, member: Member) -> Grades:
+        """The first stages of a ticket that is sampled: generation, then grading and scoring."""
+        # Looked at with every attempt: a roll-back may ask for less meanwhile.
+        receipt = await self._pipeline.sample(flight, member, lambda m: m.step >= flight.oldest_step)
+        flight.versions = receipt.versions
+        flight.oldest_step = self._versions.step_of(*receipt.versions)
+        self._generated(flight, receipt)
+        if self._settings.opponents:
+            await self._sample_opponents(flight)
+        return await self._pipeline.grade_and_score(flight)
+
+    async def _recall(self, flight: Flight) -> Grades:
+        """The same of a ticket that is replayed: all but the scores of the reference model is recorded."""
+        receipt, grades = await self._pipeline.recall(flight)
+        self._generated(flight, receipt)
+        if self._pipeline.reference is not None:
+            flight.enter("reference", self._clock())
+            await self._pipeline.score(flight)
+        return grades
+
+    def _generated(self, flight: Flight, receipt: GenerationReceipt) -> None:
+        flight.response_tokens = receipt.response_tokens
+        self.flights.sampled(flight, receipt.bytes)
+        self._ledger.mark_generated(
+            flight.ticket.ticket_id,
+            versions=receipt.versions,
+            rollouts=receipt.rollouts,
+            response_tokens=receipt.response_tokens,
+        )
+
     async def _sample_opponents(self, flight: Flight) -> None:
         """As many opponents as the ticket has responses, from the newest weights that the actors have of them.
 
@@ -200,6 +268,7 @@ class Dispatcher:
             ticket.group_size,
             lambda member: member.others.get(weights, 0) >= self.first_opponent,
         )
+        self._beside.done(met)
         flight.opponents = met.flight.generation
 
     def sample_again(self, flight: Flight, cause: ReturnCause, *, redraw: bool = False) -> None:
@@ -209,9 +278,14 @@ class Dispatcher:
             redraw: with other noise.
         """
         self.flights.remove(flight)
-        again = self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=redraw)
-        # In the order of tickets, as they were drawn: synchronous batches depend on it.
-        self._again = deque(sorted((*self._again, again)))
+        self._put_back(self._ledger.return_ticket(flight.ticket.ticket_id, cause, redraw=redraw))
+
+    def _put_back(self, draw: Draw) -> None:
+        if self._replays is not None and self._recorded(draw) is not None:
+            self._replays.put_back(draw)
+        else:
+            # In the order of tickets, as they were drawn: synchronous batches depend on it.
+            self._again = deque(sorted((*self._again, draw)))
 
     def drop(self, flight: Flight, reason: DropReason, detail: str) -> None:
         self.flights.remove(flight)
@@ -232,7 +306,7 @@ class Dispatcher:
     def _count_failure(self, flight: Flight, error: DistrlError) -> None:
         where = f"ticket {flight.ticket.ticket_id} in {flight.stage}"
         self._recorder.failed_call(flight.stage, f"{where}: {error}")
-        if flight.ticket.role == Role.POLICY:
+        if flight.ticket.role in (Role.POLICY, Role.REPLAY):
             self._ledger.count_attempt(flight.ticket.ticket_id, flight.stage, str(error))
 
     def choose(self, step: int) -> list[Flight]:
@@ -267,7 +341,7 @@ class Dispatcher:
         """Ready tickets of weights that were left are sampled again, where the run wants none of them."""
         if not self._settings.drop_abandoned:
             return
-        for flight in [f for f in self.flights.under_way.values() if f.ready]:
+        for flight in [f for f in self.flights.under_way.values() if f.ready and f.versions]:
             if self._versions.abandoned(flight.versions):
                 self.sample_again(flight, ReturnCause.ABANDONED)
 
@@ -279,6 +353,16 @@ class Dispatcher:
         if hopeless:
             self._recorder.event("returned", f"{len(hopeless)} tickets of weights that were left are sampled again")
         return len(hopeless)
+
+
+def _streams(settings: CoordinatorSettings, trained_steps: int) -> Streams:
+    fresh = replayed = None
+    if settings.admission.tickets_per_step:
+        fresh = Flights(settings.admission, settings.on_stale, settings.ready_bytes, trained_steps)
+    if settings.replays_per_step:
+        alone = fresh is None
+        replayed = ReplayedFlights(settings.replays_per_step, settings.ready_bytes, trained_steps, alone=alone)
+    return Streams(fresh, replayed)
 
 
 def at_least(step: int) -> Callable[[Member], bool]:

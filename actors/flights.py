@@ -32,20 +32,31 @@ class Flights:
         self._sampled_bytes = 0
 
     @property
+    def size(self) -> int:
+        """Tickets that every step's batch has of these."""
+        return self._admission.tickets_per_step
+
+    @property
+    def position(self) -> int:
+        """Tickets that have their place in a batch, from the first step on; a drop or a return gives one back."""
+        return self._trained_steps * self.size + len(self.under_way) + len(self.granted)
+
+    @property
     def outstanding(self) -> int:
         """Tickets that fill the window."""
         return len(self.under_way) + len(self.granted) + self._unreleased
 
     def wanted(self, steps: int) -> int:
         """Tickets still to be issued for a run of `steps`."""
-        asked_for = (steps - self._trained_steps) * self._admission.tickets_per_step
-        return asked_for - len(self.under_way) - len(self.granted)
+        return steps * self.size - self.position
 
     def may_issue(self) -> bool:
-        return self._admission.may_issue(self.outstanding, self._ready) and not self._is_full()
+        return self._admission.may_issue(self.outstanding, self._ready) and not self.is_full
 
-    def _is_full(self) -> bool:
-        return self._sampled >= self._admission.tickets_per_step and self._sampled_bytes >= self._ready_bytes
+    @property
+    def is_full(self) -> bool:
+        """Whether a whole batch waits and takes all the room that there is."""
+        return self._sampled >= self.size and self._sampled_bytes >= self._ready_bytes
 
     def add(self, flight: Flight) -> None:
         """Takes up a ticket that nothing was sampled for yet."""
@@ -73,7 +84,7 @@ class Flights:
 
     def choose(self, step: int) -> list[Flight]:
         """The batch of the step that starts at learner step `step`, in the order of ticket ids; empty: not yet."""
-        size = self._admission.tickets_per_step
+        size = self.size
         if self._on_stale == "keep":
             ready = sorted(f.ticket.ticket_id for f in self.under_way.values() if f.ready)
             batch: Sequence[int] = ready[:size] if len(ready) >= size else []
@@ -156,5 +167,14 @@ class Flights:
                 "ticket": oldest.ticket.ticket_id,
                 "stage": oldest.stage,
                 "since_s": now - oldest.stage_since_s,
+                "calls": calls_of(oldest, now),
             },
         }
+
+
+def calls_of(flight: Flight, now: float) -> list[dict[str, Any]]:
+    """What a ticket waits for: stages, each with the process that has it (empty: none yet) and the seconds since."""
+    return [
+        {"stage": stage, "process": process, "since_s": now - since}
+        for stage, (process, since) in sorted(flight.calls.items())
+    ]

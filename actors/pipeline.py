@@ -92,7 +92,9 @@ class Pipeline:
         """Told of every member that was taken out, with the cause."""
         self.rollouts: Counter[str] = Counter()
         """Rollouts that each stage has finished so far."""
-        stages = ("generation", "grading", "journal", *(() if reference is None else ("reference",)))
+        stages = ["generation", "grading", "journal"]
+        stages += ["reference"] if reference is not None else []
+        stages += ["replay"] if Role.REPLAY in self.own_pools else []
         self.retries: Counter[str] = Counter(dict.fromkeys(stages, 0))
         """Calls that were made again so far; calls of an unknown outcome count, too."""
         self.truncated = 0
@@ -123,10 +125,13 @@ class Pipeline:
         async def attempt() -> GenerationReceipt:
             nonlocal first
             suspect = self._is_suspect(flight)
+            if first is None:
+                flight.call("generation", "", self._clock())
             here = first or await pool.wait_take(places, (lambda m: unsuspected(m) and fits(m)) if suspect else fits)
             first = None
             here.suspects += suspect
             flight.enter("generation", self._clock())
+            flight.call("generation", here.name, flight.stage_since_s)
             try:
                 answer: GenerationReceipt
                 # Graders get the problem; generation needs it only to play an episode.
@@ -146,13 +151,39 @@ class Pipeline:
         self.generated_tokens += receipt.response_tokens
         return receipt
 
+    async def recall(self, flight: Flight) -> tuple[GenerationReceipt, Grades]:
+        """Takes the ticket's responses with their grades from the recording of another run.
+
+        Raises:
+            TicketFailedError: every attempt failed. RunError: the recording is damaged.
+        """
+        pool, places = self.pool_of(Role.REPLAY), flight.ticket.group_size
+        timeout_s = self._limits.journal_timeout_s
+
+        async def attempt() -> tuple[GenerationReceipt, Grades]:
+            flight.call("replay", "", self._clock())
+            member = await pool.wait_take(places)
+            flight.enter("replay", self._clock())
+            flight.call("replay", member.name, flight.stage_since_s)
+            try:
+                async with self._judge(pool, member, [flight]):
+                    read, flight.generation = await member.caller.batch("generate", flight.ticket, timeout_s=timeout_s)
+                    graded, flight.grading = await member.caller.batch("grades", flight.ticket, timeout_s=timeout_s)
+            finally:
+                await pool.give_back(member, places)
+            return read, Grades(graded.reward_sums[0], graded.correct[0], graded.rollouts[0], graded.components[0])
+
+        receipt: tuple[GenerationReceipt, Grades] = await self._attempts(flight, DropReason.REPLAY_FAILED, attempt)
+        self._span(flight, "replay", flight.stage_since_s)
+        return receipt
+
     async def grade_and_score(self, flight: Flight) -> Grades:
         """Grades the responses and, if the run has reference actors, scores them at the same time."""
         flight.enter("grading", self._clock())
         grading = asyncio.create_task(self.grade(flight))
         tasks: list[asyncio.Task[Any]] = [grading]
         if self.reference is not None:
-            tasks.append(asyncio.create_task(self._score(flight)))
+            tasks.append(asyncio.create_task(self.score(flight)))
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -162,23 +193,33 @@ class Pipeline:
 
     async def grade(self, flight: Flight) -> Grades:
         began = self._clock()
-        grades, flight.grading = await self._attempts(
-            flight, DropReason.GRADING_FAILED, lambda: self._grade_calls.submit(flight)
-        )
+
+        async def attempt() -> tuple[Grades, Any]:
+            flight.call("grading", "", self._clock())
+            return await self._grade_calls.submit(flight)
+
+        grades, flight.grading = await self._attempts(flight, DropReason.GRADING_FAILED, attempt)
+        flight.answered("grading")
         self._span(flight, "grading", began)
         self.on_graded(flight, grades)
         return grades  # type: ignore[no-any-return]
 
-    async def _score(self, flight: Flight) -> None:
+    async def score(self, flight: Flight) -> None:
+        """Scores the responses with the reference model; only where the run has reference actors."""
         began = self._clock()
-        _, flight.reference = await self._attempts(
-            flight, DropReason.REFERENCE_FAILED, lambda: self._score_calls.submit(flight)
-        )
+
+        async def attempt() -> tuple[None, Any]:
+            flight.call("reference", "", self._clock())
+            return await self._score_calls.submit(flight)
+
+        _, flight.reference = await self._attempts(flight, DropReason.REFERENCE_FAILED, attempt)
+        flight.answered("reference")
         self._span(flight, "reference", began)
 
     async def journal(self, flight: Flight) -> JournalReceipt:
         """Writes the joined rollouts to disk; returns when they are safe there."""
         flight.enter("journal", self._clock())
+        flight.call("journal", self._journal.name, flight.stage_since_s)
 
         async def attempt() -> JournalReceipt:
             columns = (flight.generation, flight.grading, flight.reference)
@@ -279,6 +320,8 @@ class Pipeline:
 
     async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
+        for flight in jobs:
+            flight.call("grading", member.name, self._clock())
         async with self._judge(self.grading, member, jobs):
             receipt, batch = await member.caller.batch(
                 "grade",
@@ -293,6 +336,8 @@ class Pipeline:
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
         assert self.reference is not None
+        for flight in jobs:
+            flight.call("reference", member.name, self._clock())
         async with self._judge(self.reference, member, jobs):
             _, batch = await member.caller.batch(
                 "score", *[f.generation for f in jobs], timeout_s=self._limits.reference_timeout_s

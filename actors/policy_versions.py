@@ -30,7 +30,7 @@ class PolicyVersions:
         self._tree[version] = Version(version, parent, step)
         return version
 
-    def trained(self, step: int, staleness_by_ticket: Mapping[int, int]) -> int:
+    def trained(self, step: int, staleness_by_ticket: Mapping[int, int | None]) -> int:
         """The learner did a step on the published weights; the number of the version that it made."""
         parent = self.published.version
         version = self._ledger.mark_trained(step, staleness_by_ticket, parent)

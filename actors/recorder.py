@@ -45,8 +45,13 @@ class Recorder:
         """A call that failed, and is made again or given up; counted under its stage."""
         self.event("failed_call", message, stage=stage)
 
-    def step(self, report: StepReport, rewards: Sequence[float], staleness: Sequence[int], tokens: int) -> None:
-        """One optimizer step: the learner's metrics with the batch's mean reward and staleness."""
+    def step(self, report: StepReport, rewards: Sequence[float], staleness: Sequence[int | None], tokens: int) -> None:
+        """One optimizer step: the learner's metrics with the batch's mean reward and staleness.
+
+        Args:
+            staleness: None for a replayed ticket, which has no part in the figures of staleness.
+        """
+        ages = [age for age in staleness if age is not None]
         self._add(
             {
                 "kind": "step",
@@ -55,9 +60,10 @@ class Recorder:
                 "metrics": {k: v if math.isfinite(v) else None for k, v in report.metrics.items()},
                 "reward_mean": fmean(rewards),
                 "reward_standard_deviation": pstdev(rewards),
-                "staleness_mean": sum(staleness) / len(staleness),
-                "staleness_max": max(staleness),
-                "staleness_counts": {str(age): n for age, n in sorted(Counter(staleness).items())},
+                "staleness_mean": fmean(ages) if ages else None,
+                "staleness_max": max(ages, default=None),
+                "staleness_counts": {str(age): n for age, n in sorted(Counter(ages).items())},
+                "replayed": len(staleness) - len(ages),
                 "response_tokens": tokens,
             }
         )

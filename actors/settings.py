@@ -16,6 +16,7 @@ class CoordinatorSettings:
     steps: int
     group_size: int
     admission: Admission
+    """Of the tickets that are sampled: its batch is the part of a step's batch that is not replayed."""
     on_stale: str
     updates: UpdateLimits
     ready_bytes: int
@@ -29,6 +30,8 @@ class CoordinatorSettings:
     """Whether generation and learner take turns on one device; only with a staleness bound of 0."""
     opponents: bool = False
     """Whether something is sampled from weights that are published for opponents."""
+    replays_per_step: int = 0
+    """Tickets of every step's batch that another run has recorded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ made again.
 Prints a JSON line per phase: held-out accuracy before and after, wall and processor seconds and the largest memory
 (proportional set size) of all processes of the command together, looked at every second, and `others`, the share of the
 machine's processors that anything else used meanwhile: where that is not about 0, wall seconds mean little. Then a line
-with the rise over the seeds, its standard error, and the ratios of the medians, stage 1 counted with stage 2. Ends with
-status 1 where A*-PO does not rise by more than two standard errors.
+with the rise over the seeds, its standard error, and the ratios of the medians, stage 1 counted with stage 2. With
+--page it writes docs/studies/a_star_po.md with a plot. Ends with status 1 where A*-PO does not rise by more than two
+standard errors.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import psutil
 import yaml
 from rich.console import Console
 
+from benchmarks.a_star_po_page import write
 from deploy.quickstart import CONFIG, warm_model
 
 ROLLOUTS = 256
@@ -129,7 +131,8 @@ def measure(phase: str, seed: int, options: argparse.Namespace, model: Path, con
     """One phase, or what is kept of it."""
     kept = options.runs / f"{phase.replace(' ', '-')}-{seed}.json"
     if kept.exists():
-        return dict(json.loads(kept.read_text()))
+        line = dict(json.loads(kept.read_text()))
+        return line if phase == "stage 1" else {**line, **course(options.runs / f"{phase}-{seed}")}
     if phase == "stage 1":
         (options.runs / f"values-{seed}.parquet").unlink(missing_ok=True)
     line: dict[str, Any] = {
@@ -148,7 +151,16 @@ def measure(phase: str, seed: int, options: argparse.Namespace, model: Path, con
     else:
         line["rollouts"] = options.prompts * options.responses
     kept.write_text(json.dumps(line))
-    return line
+    return line if phase == "stage 1" else {**line, **course(options.runs / f"{phase}-{seed}")}
+
+
+def course(run: Path) -> dict[str, Any]:
+    """What a finished run tells of its steps: the mean reward of each, and how much of the time the learner waited."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "rewards": [round(record["reward_mean"], 4) for record in records if record["kind"] == "step"],
+        "waited": json.loads((run / "summary.json").read_text())["learner_wait_fraction"],
+    }
 
 
 def compare(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -180,7 +192,12 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--runs", type=Path, default=Path("runs/a-star-po"))
+    parser.add_argument("--page", action="store_true", help="write docs/studies/a_star_po.md")
+    parser.add_argument("--page-only", action="store_true", help="write it from the numbers beside it")
     options = parser.parse_args()
+    if options.page_only:
+        write(None)
+        return
     options.runs = options.runs.absolute()
     options.runs.mkdir(parents=True, exist_ok=True)
     model = warm_model(Console(stderr=True)).absolute()
@@ -193,9 +210,11 @@ def main() -> None:
         order = ("stage 1", "a_star_po", "grpo") if seed % 2 == 0 else ("grpo", "stage 1", "a_star_po")
         for phase in order:
             lines.append(measure(phase, seed, options, model, config))
-            print(json.dumps(lines[-1]), flush=True)
+            print(json.dumps({k: v for k, v in lines[-1].items() if k != "rewards"}), flush=True)
     found = compare(lines)
     print(json.dumps(found), flush=True)
+    if options.page:
+        write(lines, found)
     learned = found["a_star_po"]
     if len(options.seeds) > 1 and learned["rise"] <= 2 * learned["standard_error"]:
         sys.exit("a_star_po: no improvement beyond two standard errors")

@@ -6,9 +6,9 @@ A response is one letter, its style: a beats b, b beats c, c beats a, and anythi
 with a, b and c in unequal shares; the equilibrium of the game that is regularized towards it is known exactly
 (`distrl.tabular.nash_equilibrium`), prompt by prompt. The real engine, stages, objective and learner train in one
 process, synchronously. Prints a JSON line per arm: the distance KL(equilibrium || policy) over steps, and how often
-the trained policy beats the start, with a 95% interval; writes docs/studies/nash.md with a plot. Ends with status 1
-where Nash-MP does not stay within half of the start's distance from the equilibrium over the last five points, does not
-beat the start, or self-play ends as close.
+the trained policy beats the start, with a 95% interval; writes docs/studies/nash.md with a plot, in which arms and
+seeds that were not run keep their numbers. Ends with status 1 where Nash-MP does not stay within half of the start's
+distance from the equilibrium over the last five points, does not beat the start, or self-play ends as close.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from actors.scoring import model_scorer
 from benchmarks.intransitive_page import LAST, write
 from benchmarks.lagged import make_trainer
 from deploy.check import check_graders
-from deploy.remote.generation import ModelText
+from deploy.remote.generation import ModelText, reference_shares
 from deploy.remote.grading import run_comparison
 from distrl.config import Config, make_config
 from distrl.graders.build import build_graders, describe
@@ -52,12 +52,16 @@ BETA = 0.05
 SHARES = {"a": 60, "b": 30, "c": 10}
 """Percent of the prompts whose answer in the warm-up has each style."""
 
-ARMS: Mapping[str, Mapping[str, Any]] = {
-    "nash-mp, half steps": {"target": "snapshot", "snapshot_every": 10, "prox": 0.5},
-    "nash-mp, average": {"target": "ema", "ema_rate": 0.1, "prox": 0.5},
-    "self-play": {"target": "ema", "ema_rate": 1.0, "prox": 0.0},
+MIXTURE = 0.125
+"""Share of the reference in Nash-MD's opponents; the paper's."""
+
+ARMS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "nash-mp, half steps": ("nash_mp", {"beta": BETA, "target": "snapshot", "snapshot_every": 10, "prox": 0.5}),
+    "nash-mp, average": ("nash_mp", {"beta": BETA, "target": "ema", "ema_rate": 0.1, "prox": 0.5}),
+    "nash-md": ("nash_md", {"tau": BETA, "mixture": MIXTURE}),
+    "self-play": ("nash_mp", {"beta": BETA, "target": "ema", "ema_rate": 1.0, "prox": 0.0}),
 }
-"""Options of the recipe nash_mp; self-play has the same gradient, the policy as its opponent and no proximal term."""
+"""Recipes with options; self-play has the same gradient, the policy as its opponent and no proximal term."""
 
 
 def beats(first: str, second: str, answer: str, metadata: Mapping[str, object]) -> float:
@@ -112,7 +116,7 @@ def arm_config(name: str, seed: int, steps: int, model: Path, data: DataConfig) 
             "data": data.model_dump(mode="json"),
             "rollout": {"group_size": 8, "max_new_tokens": 3},
             "generation": {"slots": 128},
-            "objective": {"recipe": "nash_mp", "options": {"beta": BETA, **ARMS[name]}},
+            "objective": {"recipe": ARMS[name][0], "options": dict(ARMS[name][1])},
             "preference": {"function": "benchmarks.intransitive:beats", "opponents": 8},
             "train": {"steps": steps, "tickets_per_step": 16, "learning_rate": 3e-3, "max_staleness": 0},
             "evaluation": {"problems": 1},
@@ -126,7 +130,8 @@ class Players:
     def __init__(self, config: Config) -> None:
         tokenizer, self._task = load_tokenizer(config.model.path), load_task(config.data)
         self._config, graders = config, check_graders(config, self._task)
-        self.engines = {name: build_engine(config, tokenizer) for name in ("policy", "opponent")}
+        shares = reference_shares(config)
+        self.engines = {name: build_engine(config, tokenizer, shares.get(name, 0.0)) for name in ("policy", "opponent")}
 
         async def fetch(*_: Any) -> Any:
             raise AssertionError("weights are loaded directly")
@@ -188,6 +193,17 @@ def distribution(model: Any, tokenizer: Any) -> Tensor:
     return found
 
 
+def rest_of_nash_md(start: Tensor) -> Tensor:
+    """[100, 4] where the loss of Nash-MD is stationary: its mixture is the equilibrium at BETA / (1 - MIXTURE)."""
+    mixed = torch.stack([nash_equilibrium(game(), row, BETA / (1 - MIXTURE)) for row in start])
+    return (start.log() + mixed @ game().T / BETA).softmax(1)
+
+
+def distance(target: Tensor, policy: Tensor) -> float:
+    """Mean over prompts of KL(target || policy)."""
+    return float((target * (target.log() - policy.clamp(min=1e-12).log())).sum(1).mean())
+
+
 def run_arm(name: str, seed: int, steps: int, every: int, model_path: Path, data: DataConfig) -> dict[str, Any]:
     """Trains one arm."""
     config = arm_config(name, seed, steps, model_path, data)
@@ -199,8 +215,7 @@ def run_arm(name: str, seed: int, steps: int, every: int, model_path: Path, data
 
     def look(step: int) -> None:
         now = distribution(model.eval(), tokenizer)
-        distance = float((target * (target.log() - now.clamp(min=1e-12).log())).sum(1).mean())
-        points.append(Point(step, distance, tuple(round(x, 4) for x in now.mean(0).tolist())))
+        points.append(Point(step, distance(target, now), tuple(round(x, 4) for x in now.mean(0).tolist())))
 
     async def train() -> tuple[float, float]:
         players = Players(config)
@@ -231,6 +246,7 @@ def run_arm(name: str, seed: int, steps: int, every: int, model_path: Path, data
         "distance": [round(p.distance, 5) for p in points],
         "points": [asdict(p) for p in points],
         "equilibrium": [round(x, 4) for x in target.mean(0).tolist()],
+        "rest_of_nash_md": round(distance(target, rest_of_nash_md(start)), 5),
         "win_rate_against_start": {"value": rate, "low": rate - half, "high": rate + half},
     }
 
@@ -240,7 +256,7 @@ def faults(results: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     rest = {r["seed"]: min(r["distance"][-LAST:]) for r in results if r["arm"] == "self-play"}
     for result in results:
-        if result["arm"] == "self-play":
+        if not result["arm"].startswith("nash-mp"):
             continue
         who = f"{result['arm']}, seed {result['seed']}"
         farthest = max(result["distance"][-LAST:])

@@ -10,6 +10,7 @@ from deploy.run_state import RunState, read_state
 from deploy.run_storage import run_storage
 from distrl.audit import Audit, Contract, audit
 from distrl.errors import RefusedError, RunError
+from distrl.replay_config import ReplayConfig
 
 
 def audit_run(path: Path) -> Audit:
@@ -35,12 +36,15 @@ def _contract(run_dir: RunDir) -> Contract:
     try:
         config: dict[str, Any] = yaml.safe_load(run_dir.config.read_text())
         train = config["train"]
+        replay = ReplayConfig.model_validate(config.get("replay", {}))  # nor this section
         return Contract(
             tickets_per_step=train["tickets_per_step"],
             max_staleness=None if train["on_stale"] == "keep" else train["max_staleness"],
             finished=read_state(run_dir) == RunState.FINISHED,
             drop_abandoned=train.get("abandoned_rollouts") == "drop",  # runs of before have no such key
             redraws=config["limits"]["redraws"] if train["on_stale"] == "redraw" else 0,
+            replays_per_step=replay.per_step(train["tickets_per_step"]),
+            replay_epochs=replay.epochs,
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run_dir.config}: must be readable, with a section train ({error!r}); restore it") from error

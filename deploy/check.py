@@ -5,16 +5,17 @@ from importlib.util import find_spec
 
 from deploy.check_gpus import check_placement, check_transport
 from deploy.preferences import check_preference
-from deploy.roles import generation_actors, own_actors
+from deploy.replay_check import ReplayPlan, check_replay
+from deploy.roles import own_actors
 from deploy.values import RunValues, check_values
 from distrl.config import Config
 from distrl.environments.registry import KNOWN, environment_factory
 from distrl.errors import ConfigError
-from distrl.graders.build import Graders, chosen_graders, describe, lowest_reward
+from distrl.graders.build import Graders, chosen_graders, lowest_reward
 from distrl.graders.registry import BUILT_IN, check_columns, check_options
 from distrl.models import check_model, load_tokenizer
 from distrl.objectives import Recipe, build, check, required_columns
-from distrl.objectives.upkeep import Frozen
+from distrl.objectives.upkeep import Frozen, Mixture
 from distrl.prompts import Lengths, PromptEncoder, check_lengths
 from distrl.sandbox.bubblewrap import check_sandbox
 from distrl.schema import Role
@@ -52,6 +53,7 @@ class RunPlan:
     """Opponents that each response is compared with."""
     samples: frozenset[Role] = frozenset({Role.POLICY, Role.EVALUATION})
     """Roles that generation actors sample for."""
+    replay: ReplayPlan | None = None
 
 
 def moving(recipe: Recipe) -> frozenset[str]:
@@ -98,10 +100,12 @@ def check_run(config: Config) -> RunPlan:
     # What follows the policy is kept and scored by the learner.
     produced = PRODUCED | recipe.upkeep.keys()
     check(recipe, lowest_reward=lowest_reward(graders), group_size=config.rollout.group_size, produced=produced)
-    check_heldout(config, task)
+    if config.samples:
+        check_heldout(config, task)
     _check_learner(config, lengths.longest)
     scores_reference = "reference" in required_columns(recipe) and "reference" not in moving(recipe)
-    if config.reference.path is not None and not scores_reference:
+    mixed = any(isinstance(kept, Mixture) and kept.share for kept in recipe.upkeep.values())
+    if config.reference.path is not None and not scores_reference and not mixed:
         raise ConfigError(
             f"reference.path must be empty for objective.recipe {config.objective.recipe} as configured, got "
             f"{str(config.reference.path)!r}; nothing reads the reference model: remove it, or set "
@@ -111,7 +115,8 @@ def check_run(config: Config) -> RunPlan:
         check_model(config.reference.path, setting="reference.path")
     values = check_values(config, recipe, graders, task)
     needed = {SAMPLED[column] for column in required_columns(recipe) & SAMPLED.keys()}
-    samples = frozenset({Role.POLICY, Role.EVALUATION} | needed)
+    samples = frozenset(sampled_roles(config) | needed)
+    replay = check_replay(config, recipe, graders, task, samples)
     # Values are sampled before the run, by distrl vstar and the same config.
     before = {Role.REFERENCE} if "v_star" in required_columns(recipe) else set()
     _check_actors(config, samples | before)
@@ -128,7 +133,14 @@ def check_run(config: Config) -> RunPlan:
         values,
         check_preference(config, recipe),
         samples,
+        replay,
     )
+
+
+def sampled_roles(config: Config) -> frozenset[Role]:
+    """Roles that generation actors sample for, whatever the objective."""
+    training = frozenset[Role]() if config.offline else frozenset({Role.POLICY})
+    return training | (frozenset({Role.EVALUATION}) if config.samples else frozenset())
 
 
 def _check_engine(config: Config) -> None:
@@ -264,94 +276,3 @@ def check_heldout(config: Config, task: Task) -> None:
             f"evaluation.problems must be <= the held-out problems ({len(task.heldout)}), got "
             f"{config.evaluation.problems}; lower it or raise data.heldout_size"
         )
-
-
-def _places(config: Config, plan: RunPlan) -> list[str]:
-    """The run's GPUs in words; no line for a CPU run."""
-    p, actors = config.placement, sum(generation_actors(config, plan.samples).values())
-    how = {
-        "separate": f"{config.generation.tensor_parallel_size} GPU(s) for each of {actors} generation actor(s)",
-        "shared": f"generation actors share one GPU, {p.generation_share:g} of its memory each",
-        "turns": "generation actors on one GPU, whose memory they give back while the learner trains",
-    }
-    if config.train.device == "cuda":
-        how["shared"] += f", {p.learner_share:g} for the learner"
-        how["turns"] += ", and the learner while they sample"
-    return [] if p.mode == "cpu" else [f"places    {how[p.mode]}"]
-
-
-def explain(config: Config, plan: RunPlan) -> list[str]:
-    """The run in words, one line per part."""
-    c = config
-    rollouts = c.train.tickets_per_step * c.rollout.group_size
-    if c.train.max_staleness == 0:
-        age = "synchronous: every rollout comes from the newest weights"
-    else:
-        age = f"at most {c.train.max_staleness} steps old"
-        age += (
-            "; "
-            + {
-                "wait": "a step waits for a straggler",
-                "redraw": f"a straggler is drawn again, {c.limits.redraws} times at most",
-                "keep": "a straggler is kept whatever its age",
-            }[c.train.on_stale]
-        )
-    reference = (
-        f"{c.reference.actors} reference actor(s) score every rollout with {c.reference.path or c.model.path}"
-        if plan.scores_reference
-        else "no reference model: the objective does not read one"
-    )
-    left_out = (
-        f"; {len(plan.left_out)} prompts longer than {c.data.max_prompt_tokens} tokens are left out"
-        if c.data.max_prompt_tokens is not None
-        else ""
-    )
-    if plan.values.unsolved:
-        left_out += f"; {len(plan.values.unsolved)} prompts that the reference never solved are left out"
-    if c.preference.function is not None:
-        how = f"{plan.opponents} opponent(s) each" if plan.opponents else "in pairs"
-        reference += f"; {c.preference.function} compares responses with {how}"
-    options = ", ".join(f"{k} {v}" for k, v in plan.recipe.options.items())
-    return [
-        f"trains    {c.model.path} for {c.train.steps} steps of {rollouts} rollouts "
-        f"({c.train.tickets_per_step} prompts x {c.rollout.group_size})",
-        f"data      {c.data.source}: {plan.train_problems} training and {plan.heldout_problems} held-out problems"
-        + left_out,
-        f"objective {plan.recipe.name} ({options}); {plan.recipe.source}",
-        f"staleness {age}",
-        f"samples   {c.generation.actors} generation actor(s), engine {c.generation.engine}, {c.generation.slots} "
-        f"responses at a time each, up to {c.rollout.max_new_tokens} tokens at temperature {c.rollout.temperature:g}"
-        + "".join(f"; {n} more for {role} alone" for role, n in own_actors(c).items() if n),
-        *_environment_in_words(c),
-        f"grades    {c.grading.actors} grading actor(s), {describe(plan.graders)}, {c.grading.concurrency} tickets at "
-        "a time each",
-        f"scores    {reference}",
-        _explain_learner(config),
-        f"evaluates {c.evaluation.problems} held-out problems before and after"
-        + (
-            f", {c.evaluation.problems_during} every {c.evaluation.every_steps} steps"
-            if c.evaluation.every_steps
-            else ""
-        ),
-        *_places(c, plan),
-        f"keeps     {c.run_dir}",
-    ]
-
-
-def _environment_in_words(c: Config) -> list[str]:
-    e = c.environment
-    if e.name is None:
-        return []
-    return [f"plays     {e.actors} environment actor(s), {e.name}: at most {e.max_turns} messages an episode"]
-
-
-def _explain_learner(config: Config) -> str:
-    t = config.train
-    workers = f"{t.workers} worker(s)" + ("" if t.workers == 1 and t.parallel == "ddp" else f", {t.parallel}")
-    alone = " published alone" if config.lora.publish == "adapter" else ""
-    what = f"adapters of rank {config.lora.rank}{alone}, " if config.lora.rank else ""
-    schedule = "" if t.lr_schedule == "constant_with_warmup" else f", {t.lr_schedule}"
-    return (
-        f"learns    {workers} on {t.device}, {t.dtype}, {what}AdamW at {t.learning_rate:g}{schedule}, a checkpoint "
-        f"every {t.checkpoint_every_steps} steps"
-    )

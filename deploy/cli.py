@@ -85,7 +85,8 @@ def validate(config: ConfigPath, overrides: Overrides = None, allow_unsandboxed:
 
     Example: distrl validate examples/sort_digits.yaml model.path=models/mine
     """
-    from deploy.check import check_run, explain
+    from deploy.check import check_run
+    from deploy.explain import explain
     from distrl.config import load_config
 
     loaded = load_config(config, with_sandbox(overrides, allow_unsandboxed))

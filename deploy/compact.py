@@ -1,6 +1,5 @@
 """Makes the journal of a stopped run small: what the ledger names, in few files."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,15 +7,14 @@ from pathlib import Path, PurePosixPath
 from sqlite3 import Row
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actors.journal import write_file
 from actors.keeper import Keeper
 from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, claim, read_state, release
 from deploy.run_storage import run_storage
-from distrl.errors import RefusedError, RunError
-from distrl.journal_file import read_table
+from distrl.errors import RefusedError, RunError, SchemaError
+from distrl.journal_file import read_verified, ticket_rows
 from distrl.ledger import Ledger
 from distrl.messages import JournalReceipt
 from distrl.storage import Folder, cause
@@ -118,26 +116,20 @@ def _copies(
 
 
 def _read(journal: Folder, name: str, sha256: str) -> pa.Table:
-    path = journal / name
     try:
-        data = journal.read(name)
-    except OSError as error:
-        raise RunError(f"journal file {path}: must be readable, the ledger names it: {cause(error)}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise RunError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
-    return read_table(data, path)
+        return read_verified(journal, name, sha256)
+    except SchemaError as error:
+        raise RunError(str(error)) from error
 
 
 def _rows(table: pa.Table, ticket: Row, name: str) -> pa.RecordBatch:
-    own = pc.and_(pc.equal(table["ticket_id"], ticket["ticket_id"]), pc.equal(table["redraw"], ticket["redraw"]))
-    rows = table.filter(own).combine_chunks()
+    rows = ticket_rows(table, ticket["ticket_id"], ticket["redraw"])
     if rows.num_rows != ticket["rollouts"]:
         raise RunError(
             f"journal file {name}: must hold {ticket['rollouts']} rollouts of ticket {ticket['ticket_id']}, got "
             f"{rows.num_rows}; look at distrl audit"
         )
-    return rows.to_batches()[0]
+    return rows
 
 
 def _write(journal: Folder, name: str, batches: list[pa.RecordBatch]) -> JournalReceipt:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from deploy.progress import age_in_words
 from deploy.run_dir import RunDir, find_run
 from deploy.run_state import RunState, read_state
 from distrl.errors import DeadlineError, RefusedError
@@ -58,8 +59,8 @@ def describe(status: dict[str, Any]) -> list[str]:
     lines = [f"{status['run']}: {status['state']}, {status['step']} steps done"]
     if "reward_mean" in status:
         lines.append(
-            f"last step   reward {status['reward_mean']:.3f}, staleness {status['staleness_mean']:.2f} "
-            f"(max {status['staleness_max']}), {time.time() - status['time_s']:.0f} s ago"
+            f"last step   reward {status['reward_mean']:.3f}, staleness {age_in_words(status)}, "
+            f"{time.time() - status['time_s']:.0f} s ago"
         )
     for evaluation in status.get("evaluations", [])[-1:]:
         lines.append(

@@ -77,7 +77,7 @@ class RayLink:
         """The run cannot go on with this learner or another one."""
         self._get(lambda: self._coordinator.learner_failed.remote(cause, self._session or None), "learner_failed")
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int | None]] | PublishAgain | None:
         while True:
             grant: BatchGrant | PublishAgain | None = self._get(
                 lambda: self._coordinator.next_batch.remote(step, self._session), "next_batch", None
@@ -95,7 +95,7 @@ class RayLink:
         values = self._get(lambda: refs, f"rollouts of ticket {ticket.ticket_id}")
         return values[0], values[1], values[2] if ticket.reference is not None else None
 
-    def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
+    def trained(self, report: StepReport, staleness: Mapping[int, int | None]) -> int:
         told = dict(staleness)
         return int(self._get(lambda: self._coordinator.trained.remote(report, told, self._session), "trained"))
 

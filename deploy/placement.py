@@ -3,7 +3,7 @@
 What a device is used for is the engine's matter; here are only numbers that Ray counts. A CPU run claims nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,11 @@ def claims(config: Config, plan: RunPlan) -> list[Claim]:
     turn; half is the learner's where it is on the GPU.
     """
     counts = generation_actors(config, plan.samples)
-    names = [f"{GENERATION_STAGES[role]}-{i}" for role, n in counts.items() for i in range(n)]
+    return generation_claims(config, [f"{GENERATION_STAGES[role]}-{i}" for role, n in counts.items() for i in range(n)])
+
+
+def generation_claims(config: Config, names: Sequence[str]) -> list[Claim]:
+    """What generation actors of these names claim; see `claims`."""
     match config.placement.mode:
         case "cpu":
             return []
@@ -79,9 +83,8 @@ def check_cluster(config: Config, plan: RunPlan) -> None:
     Raises:
         ConfigError: names the shortfall. Nothing was started.
     """
-    wanted = claims(config, plan) + learner_claims(config)
-    nodes = [Node(n["NodeName"], n["Resources"].get("GPU", 0.0)) for n in ray.nodes() if n["Alive"]]
-    check_fits(wanted, nodes)
+    nodes = gpu_nodes()
+    check_fits(claims(config, plan) + learner_claims(config), nodes)
     if config.placement.mode in ("shared", "turns"):
         # Ray puts shares on whichever device has room: on several they would not share one.
         several = [n for n in nodes if n.gpus > 1]
@@ -92,9 +95,14 @@ def check_cluster(config: Config, plan: RunPlan) -> None:
             )
 
 
+def gpu_nodes() -> list[Node]:
+    """The nodes of the running Ray that are alive, with their GPUs."""
+    return [Node(n["NodeName"], n["Resources"].get("GPU", 0.0)) for n in ray.nodes() if n["Alive"]]
+
+
 def group_resources(config: Config, stage: str) -> dict[str, float]:
-    """What an actor of a stage takes so that it goes to the nodes of its group."""
-    return {GROUPS[stage]: 1.0} if config.placement.groups else {}
+    """What an actor of a stage takes so that it goes to the nodes of its group; nothing where the stage has none."""
+    return {GROUPS[stage]: 1.0} if config.placement.groups and stage in GROUPS else {}
 
 
 def check_learners(config: Config, plan: RunPlan, counts: Mapping[str, int]) -> None:

@@ -14,7 +14,7 @@ def check_preference(config: Config, recipe: Recipe) -> int:
 
     Raises:
         ConfigError: the objective compares responses and the config does not say how, or the other way round; a pair
-            has no second response; opponents are asked for that no engine can sample.
+            has no second response; opponents are asked for that the engine cannot sample.
     """
     compared = config.preference
     reads = recipe.needs & {"preference", "pair_preference"}
@@ -35,10 +35,11 @@ def check_preference(config: Config, recipe: Recipe) -> int:
     if "preference" not in reads:
         return _check_pairs(config, recipe, size)
     for name, kept in recipe.upkeep.items():
-        if isinstance(kept, Mixture):
+        if isinstance(kept, Mixture) and config.generation.engine == "vllm":
             raise ConfigError(
-                f"objective.recipe {recipe.name} asks for {name} that {kept.describe()}, which no engine does yet; use "
-                "nash_mp, whose opponents are an average or a snapshot of the policy's weights"
+                f"generation.engine must be transformers for objective.recipe {recipe.name}, whose {name} "
+                f"{kept.describe()}, got vllm; a vLLM samples from one model alone: change the engine, or use nash_mp, "
+                "whose opponents are an average or a snapshot of the policy's weights"
             )
     if compared.opponents > size:
         raise ConfigError(

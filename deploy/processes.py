@@ -16,6 +16,7 @@ from deploy.remote.grading import GradingActor
 from deploy.remote.journal import JournalActor
 from deploy.remote.policy_store import PolicyStoreActor
 from deploy.remote.reference import ReferenceActor
+from deploy.remote.replay import ReplayActor
 from deploy.roles import weights_of_stage
 from deploy.run_dir import RunDir
 from deploy.run_storage import storage_at
@@ -78,7 +79,7 @@ class RayProcesses:
         self._plan = plan
         self.store = self._make(PolicyStoreActor, self._here())
         # Generation holds their handles. One that starts again has no episodes: those that it had are sampled anew.
-        count = config.environment.actors if config.environment.name is not None else 0
+        count = config.environment.actors if config.environment.name is not None and config.samples else 0
         self.environments = [
             self._make(EnvironmentActor, {"max_restarts": -1, **self._group("environment")}, config, os.getcwd())
             for _ in range(count)
@@ -94,6 +95,7 @@ class RayProcesses:
             plan.scores_reference,
             plan.left_out | plan.values.unsolved,
             plan.samples,
+            None if plan.replay is None else plan.replay.ledger,
         )
 
     def _here(self) -> dict[str, Any]:
@@ -135,6 +137,11 @@ class RayProcesses:
                 return self._make(GradingActor, options, *arguments)
             case "reference":
                 return self._make(ReferenceActor, options, self._config)
+            case "replay":
+                assert self._plan.replay is not None
+                # The recording may lie on this node's disk.
+                options = {**self._here(), "max_restarts": 0}
+                return self._make(ReplayActor, options, self._plan.replay.folder, self._plan.replay.vocabulary)
         raise RunError(f"a process must be one of a stage that the run has, got {stage}")
 
     def stays(self, stage: str) -> bool:

@@ -163,7 +163,8 @@ class Terminal:
             table.add_row("step", f"{done} of {self._steps}")
             table.add_row("reward", f"{sum(self._rewards) / len(self._rewards):.3f}  (mean of 5 steps)")
             mean, most = self._step["staleness_mean"], self._step["staleness_max"]
-            table.add_row("staleness", f"mean {mean:.2f}, max {most} steps")
+            age = age_in_words(self._step) if mean is None else f"mean {mean:.2f}, max {most} steps"
+            table.add_row("staleness", age)
         if self._evaluation is not None:
             table.add_row("held-out", _evaluation_line(self._evaluation))
         if self._snapshot is not None:
@@ -200,10 +201,16 @@ def _accuracy(summary: dict[str, Any], name: str) -> str:
 
 def _step_line(record: dict[str, Any], steps: int) -> str:
     return (
-        f"step {record['step']} of {steps}: reward {record['reward_mean']:.3f}, staleness "
-        f"{record['staleness_mean']:.2f} (max {record['staleness_max']}), step {record['train_s']:.2f} s, waited "
-        f"{record['wait_s']:.2f} s"
+        f"step {record['step']} of {steps}: reward {record['reward_mean']:.3f}, staleness {age_in_words(record)}, step "
+        f"{record['train_s']:.2f} s, waited {record['wait_s']:.2f} s"
     )
+
+
+def age_in_words(record: dict[str, Any]) -> str:
+    """Staleness of a step's batch; replayed tickets have none."""
+    if record["staleness_mean"] is None:
+        return "none, all of it is replayed"
+    return f"{record['staleness_mean']:.2f} (max {record['staleness_max']})"
 
 
 def _evaluation_line(record: dict[str, Any]) -> str:

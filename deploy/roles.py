@@ -28,7 +28,9 @@ def weights_by_role(config: Config, samples: frozenset[Role]) -> dict[Role, tupl
     own = own_actors(config)
     shared = {weights_of(role) for role in samples if not own.get(role)}
     apart = {role: (weights_of(role),) for role in sorted(samples) if own.get(role)}
-    return {Role.POLICY: tuple(sorted({weights_of(Role.POLICY)} | shared)), **apart}
+    # A run that only replays samples for no training; what it evaluates has actors of its own.
+    main = {Role.POLICY: tuple(sorted({weights_of(Role.POLICY)} | shared))} if Role.POLICY in samples else {}
+    return {**main, **apart}
 
 
 def generation_actors(config: Config, samples: frozenset[Role]) -> dict[Role, int]:

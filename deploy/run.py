@@ -148,5 +148,11 @@ def _run_actors(
 
 def wanted(config: Config, plan: RunPlan) -> dict[str, int]:
     """Processes of each stage."""
-    counts = {**generation_counts(config, plan.samples), "grading": config.grading.actors}
-    return {**counts, "reference": config.reference.actors} if plan.scores_reference else counts
+    counts = generation_counts(config, plan.samples)
+    if config.samples:
+        counts["grading"] = config.grading.actors
+    if plan.scores_reference:
+        counts["reference"] = config.reference.actors
+    if config.replay.journal is not None:
+        counts["replay"] = 1
+    return counts

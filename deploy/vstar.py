@@ -14,15 +14,18 @@ from actors.pipeline import Pipeline, TicketFailedError
 from actors.pool import Pool
 from actors.value_sampling import Prompt, ValueSampler
 from deploy.check import check_graders, measure_prompts
+from deploy.placement import generation_claims, gpu_nodes
 from deploy.remote.coordinator import pipeline_limits
 from deploy.remote.generation import GenerationActor
 from deploy.remote.grading import GradingActor
+from deploy.roles import GENERATION_STAGES
 from deploy.start import start_ray
 from deploy.values import estimate, table_key, training_prompts
 from distrl.config import Config
 from distrl.errors import ConfigError, StageError
 from distrl.graders.build import Graders
 from distrl.objectives import optimal_value
+from distrl.placement import check_fits
 from distrl.schema import Role
 from distrl.tasks import load_task
 from distrl.tickets import weights_of
@@ -51,7 +54,8 @@ def make_table(config: Config, advance: Advance) -> dict[str, Any]:
     Returns:
         The table's path, prompts, how many were sampled now, the share that the reference solved, and mean V*.
     Raises:
-        ConfigError, DataError: the config cannot be used, or the table that is there was made for another one.
+        ConfigError, DataError: the config cannot be used, or the table that is there was made for another one, or the
+            cluster never has the GPUs.
         StageError: some prompts could not be sampled or graded; the others are kept for the next call.
     """
     if config.vstar.path is None:
@@ -119,16 +123,21 @@ async def _drive(
 ) -> dict[str, PromptRewards]:
     generation, grading = Pool("generation"), Pool("grading")
 
-    def create(actor: type, *arguments: Any) -> Any:
-        return ray.remote(actor).options(num_cpus=0, max_restarts=0, max_task_retries=0).remote(*arguments)
+    def create(gpus: float, actor: type, *arguments: Any) -> Any:
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(actor).options(**options).remote(*arguments)
 
-    for i in range(config.generation.reference_actors or config.generation.actors):
-        name = f"reference-sampling-{i}"
+    actors = config.generation.reference_actors or config.generation.actors
+    names = [f"{GENERATION_STAGES[Role.REFERENCE]}-{i}" for i in range(actors)]
+    claimed = generation_claims(config, names)
+    check_fits(claimed, gpu_nodes())
+    gpus = {claim.name: claim.gpus for claim in claimed}
+    for name in names:
         # No policy store: these weights are never replaced.
-        actor = create(GenerationActor, config, name, None, (weights_of(Role.REFERENCE),))
+        actor = create(gpus.get(name, 0.0), GenerationActor, config, name, None, (weights_of(Role.REFERENCE),))
         generation.add(RayCaller(name, actor), config.generation.slots)
     for i in range(config.grading.actors):
-        actor = create(GradingActor, config, graders, os.getcwd())
+        actor = create(0.0, GradingActor, config, graders, os.getcwd())
         grading.add(RayCaller(f"grading-{i}", actor), config.grading.concurrency)
     # Nothing is journalled: the table is what is kept.
     nobody = RayCaller("journal", None)

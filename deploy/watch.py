@@ -46,6 +46,7 @@ class Watch:
         self._learners = learners
         self._check_counts = check_counts
         self._nodes = Nodes()
+        self._evaluates = config.samples
         self._progress = progress
         self._stall = StallWatch(config.limits.stall_warning_s)
         self._seen = -1
@@ -88,12 +89,14 @@ class Watch:
             return None
         if snapshot["started"] and not self._started:
             self._started = True
-            self._progress.phase("going on" if snapshot["resumed"] else "evaluating the model before training")
+            first = "evaluating the model before training" if self._evaluates else "training"
+            self._progress.phase("going on" if snapshot["resumed"] else first)
         if snapshot["records"]:
             self._seen = snapshot["records"][-1]["number"]
         self._metrics.update({**snapshot, "restarts": self._supervisor.restarts_by_stage()})
         self._progress.update(snapshot)
-        if warning := self._stall.look(snapshot, now):
+        where = {process.name: process.where for process in self._supervisor.processes()}
+        if warning := self._stall.look(snapshot, now, where):
             self._progress.line(warning)
         return snapshot
 

@@ -12,10 +12,12 @@ from pathlib import Path, PurePosixPath
 from sqlite3 import Row
 from typing import Any
 
+from distrl.audit_replays import check_replays
 from distrl.audit_tables import Selection, selection
 from distrl.errors import LedgerError, SchemaError
 from distrl.journal_file import read_table
 from distrl.ledger_reader import LedgerReader
+from distrl.schema import Role
 from distrl.staleness import Version, staleness, way
 from distrl.storage import Folder, cause
 
@@ -37,6 +39,10 @@ class Contract:
     """How often one ticket may be drawn again with other noise."""
     drop_abandoned: bool = False
     """Whether nothing may be trained that weights sampled which were left."""
+    replays_per_step: int = 0
+    """Tickets of every batch that another run has recorded."""
+    replay_epochs: int = 1
+    """How often one recorded ticket may be replayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,11 @@ class Audit:
     """Optimizer steps of the newest branch."""
     committed_steps: int
     staleness: Mapping[int, int]
-    """Trained and committed tickets by their staleness, in optimizer steps."""
+    """Trained and committed tickets by their staleness, in optimizer steps; replayed ones have none."""
+    replayed: Mapping[str, int]
+    """Trained and committed tickets that were replayed, by the run that recorded them."""
+    recorded: Mapping[str, int]
+    """Tickets that the recording has, by its run."""
     drops: Mapping[str, int]
     """By reason."""
     selection: Selection
@@ -126,6 +136,8 @@ class _Auditor:
         self._sampled_by: dict[int, list[int]] = defaultdict(list)
         for row in reader.rows("SELECT * FROM ticket_versions"):
             self._sampled_by[row["ticket_id"]].append(row["version"])
+        self._origins = reader.replays()
+        self._recorded = reader.recordings()
 
     def run(self) -> Audit:
         rules: list[tuple[str, Iterator[str]]] = [
@@ -138,6 +150,7 @@ class _Auditor:
             ("committed", self._check_committed()),
             ("batches", self._check_batches()),
             ("staleness", self._check_staleness()),
+            ("replays", check_replays(self._tickets, self._origins, self._recorded, self._contract.replay_epochs)),
             ("journal", self._check_journal()),
             ("checkpoints", self._check_checkpoints()),
         ]
@@ -149,6 +162,7 @@ class _Auditor:
                 violations.append(Violation(name, str(error)))
         returns = self._reader.rows("SELECT * FROM returns ORDER BY rowid")
         trained = [t for t in self._tickets if t["state"] in ("trained", "committed")]
+        fresh = [t for t in trained if t["ticket_id"] not in self._origins]
         branch = set(self._live_branch()) if not any(v.rule == "versions" for v in violations) else set()
         made = {r["version"] for r in self._trainings}
         committed = self._checkpoints[-1]["step"] if self._checkpoints else 0
@@ -157,7 +171,11 @@ class _Auditor:
             tickets=self._reader.counts(),
             steps=max((t["trained_step"] or 0 for t in trained), default=0),
             committed_steps=committed,
-            staleness=dict(sorted(Counter(t["staleness"] for t in trained).items())),
+            staleness=dict(sorted(Counter(t["staleness"] for t in fresh).items())),
+            replayed=dict(
+                Counter(self._origins[t["ticket_id"]].run for t in trained if t["ticket_id"] in self._origins)
+            ),
+            recorded=self._recorded,
             drops=self._reader.drops(),
             selection=selection(self._tickets, self._reader.rows("SELECT * FROM waits")),
             returned=dict(Counter(r["cause"] for r in returns)),
@@ -258,6 +276,7 @@ class _Auditor:
         """Every step of the branch trained one whole batch, and the ledger's step of a ticket is the one it was."""
         branch = set(self._live_branch())
         batches = Counter(r["version"] for r in self._trainings)
+        replays = Counter(r["version"] for r in self._trainings if r["ticket_id"] in self._origins)
         made = sorted(v for v in branch if batches[v])
         steps = sorted(self._versions[v].step for v in made)
         if steps != list(range(1, len(steps) + 1)):
@@ -267,6 +286,11 @@ class _Auditor:
                 yield (
                     f"step {self._versions[version].step} must have trained train.tickets_per_step = "
                     f"{self._contract.tickets_per_step} tickets, got {batches[version]}"
+                )
+            if replays[version] != self._contract.replays_per_step:
+                yield (
+                    f"step {self._versions[version].step} must have trained {self._contract.replays_per_step} replayed "
+                    f"tickets, got {replays[version]}"
                 )
         step_of = {r["ticket_id"]: self._versions[r["version"]].step for r in self._trainings if r["version"] in branch}
         for ticket in self._tickets:
@@ -286,6 +310,10 @@ class _Auditor:
                 continue
             ticket_id, parent = row["ticket_id"], self._versions[row["version"]].parent
             sampled_by = self._sampled_by[ticket_id]
+            if ticket_id in self._origins:
+                if sampled_by or recorded[ticket_id] is not None:
+                    yield f"ticket {ticket_id} is replayed, and has a version or an age of this run"
+                continue
             if not sampled_by or parent is None:
                 yield f"ticket {ticket_id} was trained, and no policy version is recorded that sampled it"
                 continue
@@ -326,7 +354,7 @@ class _Auditor:
         if found != file["sha256"]:
             yield f"journal file {path} must have sha256 {file['sha256']}, got {found}; it was damaged"
             return
-        columns = ["ticket_id", "redraw", "prompt_id", "reward", "policy_versions"]
+        columns = ["ticket_id", "redraw", "prompt_id", "role", "reward", "policy_versions"]
         try:
             table = read_table(data, path).select(columns)
         except SchemaError as error:
@@ -346,8 +374,11 @@ class _Auditor:
             return
         if {r["prompt_id"] for r in rows} != {ticket["prompt_id"]}:
             yield f"{where} must be of prompt {ticket['prompt_id']}, got {rows[0]['prompt_id']}"
+        role = Role.REPLAY if ticket["ticket_id"] in self._origins else Role.POLICY
+        if {r["role"] for r in rows} != {role}:
+            yield f"{where} must have the role {role}, got {rows[0]['role']}"
         versions = {v for r in rows for v in r["policy_versions"]}
-        if versions != set(self._sampled_by[ticket["ticket_id"]]):
+        if role == Role.POLICY and versions != set(self._sampled_by[ticket["ticket_id"]]):
             yield f"{where} was sampled by versions {_short(sorted(versions))}, the ledger has others"
         mean = sum(r["reward"] for r in rows) / len(rows)
         if abs(mean - ticket["reward_mean"]) > 1e-9 * max(1.0, abs(mean)):

@@ -33,6 +33,7 @@ from distrl.config_sections import (
 from distrl.environments.config import EnvironmentConfig
 from distrl.errors import ConfigError
 from distrl.masking import MASK, mask, masked_keys
+from distrl.replay_config import ReplayConfig, check_replay
 from distrl.sampling import SamplingParams
 from distrl.sandbox.limits import SandboxConfig
 from distrl.staleness import Admission
@@ -60,6 +61,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     vstar: ValuesConfig = ValuesConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    replay: ReplayConfig = ReplayConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -68,6 +70,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _whole_groups_fit(self) -> "Config":
+        if not self.samples:
+            return self
         if self.generation.slots < self.rollout.group_size:
             raise ValueError(
                 f"generation.slots must be >= rollout.group_size ({self.rollout.group_size}), got "
@@ -116,6 +120,26 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _replay_is_read(self) -> "Config":
+        check_replay(self)
+        return self
+
+    @property
+    def replays_per_step(self) -> int:
+        """Tickets of every batch that another run has recorded."""
+        return self.replay.per_step(self.train.tickets_per_step)
+
+    @property
+    def offline(self) -> bool:
+        """Whether all that is trained was recorded by another run."""
+        return self.replays_per_step == self.train.tickets_per_step
+
+    @property
+    def samples(self) -> bool:
+        """Whether anything is sampled, be it for training or to evaluate."""
+        return not self.offline or self.generation.evaluation_actors > 0
+
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name
@@ -127,7 +151,8 @@ class Config(Section):
 
     @property
     def admission(self) -> Admission:
-        return Admission(self.train.max_staleness, self.train.tickets_per_step)
+        """Of the tickets that are sampled for training."""
+        return Admission(self.train.max_staleness, self.train.tickets_per_step - self.replays_per_step)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:

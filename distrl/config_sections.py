@@ -317,7 +317,7 @@ class LimitsConfig(Section):
     publish_timeout_s: float = Field(120.0, gt=0)
     """Seconds that the learner may take to publish a version, and that one of its calls may take."""
     journal_timeout_s: float = Field(60.0, gt=0)
-    """Seconds that writing a ticket's rollouts may take before the call counts as failed."""
+    """Seconds that writing a ticket's rollouts, or reading recorded ones, may take before the call counts as failed."""
     journal_bytes: int | None = Field(None, ge=1)
     """Size beyond which the run's journal must not grow: the run ends and drops nothing; empty is no bound."""
     liveness_timeout_s: float = Field(60.0, gt=0)

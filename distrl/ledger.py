@@ -10,52 +10,16 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from distrl.errors import FencedError, LedgerError
 from distrl.ledger_reader import LOCK_S, Checkpoint, LedgerReader
+from distrl.ledger_records import Draw, JournalledTicket, Recovery
 from distrl.ledger_tables import FORMAT, explained, open_to_write
 from distrl.messages import JournalReceipt
-from distrl.tickets import DropReason, ReturnCause, TicketState, check_transition
+from distrl.tickets import DropReason, Origin, ReturnCause, TicketState, check_transition
 
 __all__ = ["FORMAT", "Checkpoint", "Draw", "JournalledTicket", "Ledger", "LedgerReader", "Recovery"]
-
-
-class Draw(NamedTuple):
-    """What a ticket has to sample: its prompt, and how often it was drawn again, which its noise depends on."""
-
-    ticket_id: int
-    prompt_id: str
-    redraw: int
-
-
-@dataclass(frozen=True, slots=True)
-class JournalledTicket:
-    """A ticket whose rollouts lie in the journal and wait to be trained."""
-
-    ticket_id: int
-    redraw: int
-    prompt_id: str
-    journal_file: str
-    journal_sha256: str
-    oldest_version: int
-    newest_version: int
-    versions: tuple[int, ...]
-    """All policy versions that sampled one of its tokens."""
-    rollouts: int
-    reward_mean: float
-    response_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What a run that goes on finds in its ledger."""
-
-    ready: tuple[JournalledTicket, ...]
-    issued: tuple[Draw, ...]
-    """What has to be sampled again, in order."""
 
 
 class Ledger(LedgerReader):
@@ -128,15 +92,46 @@ class Ledger(LedgerReader):
     def issue(self, prompt_id_of: Callable[[int], str]) -> Draw:
         """A new ticket. The drawn prompt is on disk before anybody samples it."""
         with self._transaction():
-            row = self._one("SELECT COALESCE(MAX(ticket_id) + 1, 0) AS next FROM tickets")
-            ticket_id = int(row["next"])
-            prompt_id = prompt_id_of(ticket_id)
-            self._db.execute(
-                "INSERT INTO tickets (ticket_id, redraw, prompt_id, state, attempts, issued_s)"
-                " VALUES (?, 0, ?, ?, 0, ?)",
-                (ticket_id, prompt_id, TicketState.ISSUED, self._clock()),
-            )
+            return self._issue(prompt_id_of)
+
+    def _issue(self, prompt_id_of: Callable[[int], str]) -> Draw:
+        row = self._one("SELECT COALESCE(MAX(ticket_id) + 1, 0) AS next FROM tickets")
+        ticket_id = int(row["next"])
+        prompt_id = prompt_id_of(ticket_id)
+        self._db.execute(
+            "INSERT INTO tickets (ticket_id, redraw, prompt_id, state, attempts, issued_s) VALUES (?, 0, ?, ?, 0, ?)",
+            (ticket_id, prompt_id, TicketState.ISSUED, self._clock()),
+        )
         return Draw(ticket_id, prompt_id, 0)
+
+    def name_recording(self, run: str, tickets: int, sha256: str) -> None:
+        """The run replays this recording and no other, from its first ticket to its last.
+
+        Raises:
+            LedgerError: it has begun with another recording, or with fewer or more tickets of this one.
+        """
+        with self._transaction():
+            named = self.rows("SELECT run, tickets, sha256 FROM recordings")
+            if not named:
+                self._db.execute("INSERT INTO recordings VALUES (?, ?, ?, ?)", (run, tickets, sha256, self._clock()))
+            elif (named[0]["run"], named[0]["sha256"]) != (run, sha256):
+                raise LedgerError(
+                    f"replay.journal must be the recording that this run began with, {named[0]['tickets']} tickets of "
+                    f"the run {named[0]['run']} (sha256 {named[0]['sha256'][:12]}), got {tickets} tickets of {run} "
+                    f"(sha256 {sha256[:12]}); put the recorded run back as it was, or start a new run"
+                )
+
+    def issue_replay(self, at: Callable[[int], tuple[str, Origin]]) -> tuple[Draw, Origin]:
+        """A new ticket that replays the next one of the recording, and where that is from.
+
+        Args:
+            at: number of the replay (the first is 0) to the prompt's id and where its rollouts come from.
+        """
+        with self._transaction():
+            prompt_id, origin = at(int(self._one("SELECT COUNT(*) AS n FROM replays")["n"]))
+            draw = self._issue(lambda _: prompt_id)
+            self._db.execute("INSERT INTO replays VALUES (?, ?, ?, ?)", (draw.ticket_id, *origin))
+        return draw, origin
 
     def count_attempt(self, ticket_id: int, stage: str, detail: str) -> None:
         """Records a failed call for the ticket.
@@ -161,15 +156,15 @@ class Ledger(LedgerReader):
         """The ticket was sampled.
 
         Args:
-            versions: all policy versions that sampled one of its tokens.
+            versions: all policy versions that sampled one of its tokens; empty where another run did.
         """
         with self._transaction():
             self._set(
                 [ticket_id],
                 TicketState.GENERATED,
                 generated_s=self._clock(),
-                oldest_version=min(versions),
-                newest_version=max(versions),
+                oldest_version=min(versions, default=None),
+                newest_version=max(versions, default=None),
                 rollouts=rollouts,
                 response_tokens=response_tokens,
             )
@@ -198,12 +193,13 @@ class Ledger(LedgerReader):
                 reward_mean=reward_mean,
             )
 
-    def mark_trained(self, step: int, staleness_by_ticket: Mapping[int, int], parent: int) -> int:
+    def mark_trained(self, step: int, staleness_by_ticket: Mapping[int, int | None], parent: int) -> int:
         """The optimizer step number `step` (the first is 1) trained these tickets; the version of the weights it made.
 
         Telling it again changes nothing and gives the same version.
 
         Args:
+            staleness_by_ticket: None where no weights of this run sampled the ticket.
             parent: version of the weights that the step began with.
         """
         with self._transaction():

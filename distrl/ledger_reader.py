@@ -8,7 +8,7 @@ from typing import Any, Self
 from distrl.errors import LedgerError
 from distrl.ledger_tables import explained, open_to_read
 from distrl.staleness import Version
-from distrl.tickets import TicketState
+from distrl.tickets import Origin, TicketState
 
 LOCK_S = 30.0
 """Seconds that a statement waits for another process to let go of the file."""
@@ -105,8 +105,21 @@ class LedgerReader:
         rows = self.rows("SELECT drop_reason, COUNT(*) AS n FROM tickets WHERE state = 'dropped' GROUP BY drop_reason")
         return {r["drop_reason"]: int(r["n"]) for r in rows}
 
+    def recordings(self) -> dict[str, int]:
+        """By the run that recorded it, the tickets of the recording that this run replays."""
+        if not self.rows("SELECT 1 FROM sqlite_master WHERE name = 'recordings'"):  # younger than the first ledgers
+            return {}
+        return {r["run"]: int(r["tickets"]) for r in self.rows("SELECT run, tickets FROM recordings")}
+
+    def replays(self) -> dict[int, Origin]:
+        """By ticket, where the rollouts of replayed tickets come from."""
+        if not self.rows("SELECT 1 FROM sqlite_master WHERE name = 'replays'"):  # younger than the first ledgers
+            return {}
+        rows = self.rows("SELECT ticket_id, run, source_ticket, epoch FROM replays ORDER BY ticket_id")
+        return {r["ticket_id"]: Origin(r["run"], r["source_ticket"], r["epoch"]) for r in rows}
+
     def max_staleness(self) -> int:
-        """Largest staleness that was trained; 0 before the first step."""
+        """Largest staleness that was trained, replayed tickets apart; 0 before the first step."""
         return int(self._one("SELECT COALESCE(MAX(staleness), 0) AS s FROM tickets")["s"])
 
     def evaluations(self) -> list[dict[str, Any]]:

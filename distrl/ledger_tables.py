@@ -46,6 +46,11 @@ CREATE TABLE IF NOT EXISTS waits (
     ticket_id INTEGER NOT NULL REFERENCES tickets(ticket_id), step INTEGER NOT NULL, waited_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS retired (
     ticket_id INTEGER PRIMARY KEY REFERENCES tickets(ticket_id), retired_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS recordings (
+    run TEXT PRIMARY KEY, tickets INTEGER NOT NULL, sha256 TEXT NOT NULL, named_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS replays (
+    ticket_id INTEGER PRIMARY KEY REFERENCES tickets(ticket_id), run TEXT NOT NULL REFERENCES recordings(run),
+    source_ticket INTEGER NOT NULL, epoch INTEGER NOT NULL, UNIQUE (run, source_ticket, epoch));
 CREATE TABLE IF NOT EXISTS put_back (
     checkpoint TEXT NOT NULL, lost_files INTEGER NOT NULL, put_back_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluations (

@@ -45,7 +45,7 @@ class GenerationReceipt:
     truncated: int
     """Rollouts cut at `max_new_tokens`."""
     versions: tuple[int, ...]
-    """All policy versions that sampled one of its tokens, in order."""
+    """All policy versions that sampled one of its tokens, in order; none where another run sampled it."""
     bytes: int
     """Size of the batch in the object store."""
     started_s: float
@@ -205,7 +205,8 @@ class TicketGrant:
     generation: object
     grading: object
     reference: object | None
-    staleness: int
+    staleness: int | None
+    """Optimizer steps; None where another run sampled it, whose versions are none of this run."""
 
 
 @dataclass(frozen=True, slots=True)

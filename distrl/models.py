@@ -179,6 +179,14 @@ def check_model(directory: Path | str, *, setting: str = "model.path") -> int:
     return length
 
 
+def vocabulary_size(directory: Path | str) -> int:
+    """Tokens that a model knows, by its config; `check_model` has looked at the directory."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
+    return int(config.get_text_config().vocab_size)
+
+
 def load_tokenizer(directory: Path | str, *, setting: str = "model.path") -> "PreTrainedTokenizerBase":
     """The tokenizer of a local model directory.
 

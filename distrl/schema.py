@@ -38,6 +38,9 @@ class Role(StrEnum):
     """What a policy's rollout is compared with; never trained, not counted for staleness."""
     REFERENCE = "reference"
     """Sampled from the reference model, for what is estimated before or beside training."""
+    REPLAY = "replay"
+    """Recorded by another run and trained again. Its policy versions are those of that run, and name no weights of
+    this one."""
 
 
 def _field(name: str, kind: pa.DataType, *, nullable: bool = False) -> pa.Field:

@@ -9,6 +9,7 @@ after a crash, what was trained since the last checkpoint goes back to ready or 
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from distrl.errors import LedgerError
 from distrl.schema import Role
@@ -43,6 +44,8 @@ class DropReason(StrEnum):
     GRADING_FAILED = "grading_failed"
     REFERENCE_FAILED = "reference_failed"
     JOURNAL_FAILED = "journal_failed"
+    REPLAY_FAILED = "replay_failed"
+    """Its rollouts could not be had from the recording."""
     POISON = "poison"
     """Worker after worker died that had it."""
     TOO_STALE = "too_stale"
@@ -59,8 +62,8 @@ _WEIGHTS = {Role.REFERENCE: "reference", Role.OPPONENT: "opponent"}
 def weights_of(role: str) -> str:
     """Name of the weights that a role's responses are sampled from.
 
-    `policy`: the newest that the learner published. `reference`: the reference model, fixed. `opponent`: an anchor of
-    the policy, published under that name.
+    `policy`: the newest that the learner published, or, of what is replayed, those of the run that recorded it.
+    `reference`: the reference model, fixed. `opponent`: an anchor of the policy, published under that name.
     """
     return _WEIGHTS.get(Role(role), POLICY_WEIGHTS)
 
@@ -90,6 +93,31 @@ def check_transition(ticket_id: int, old: TicketState, new: TicketState) -> None
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """A ticket that another run recorded, and where its rollouts are; see `distrl.recording`."""
+
+    ticket_id: int
+    """In the run that recorded it, as the next."""
+    redraw: int
+    prompt_id: str
+    rollouts: int
+    response_tokens: int
+    file: str
+    """Name of the journal file."""
+    sha256: str
+    """Of that file."""
+
+
+class Origin(NamedTuple):
+    """Which recorded ticket a ticket replays, and in which pass over the recording."""
+
+    run: str
+    ticket_id: int
+    epoch: int
+    """The first is 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ticket:
     """One draw of a prompt, as the generation stage gets it."""
 
@@ -108,6 +136,8 @@ class Ticket:
     """The conversation, where the prompt is one; generation applies the model's chat template to it."""
     v_star: float | None = None
     """The prompt's optimal value, where the objective reads one; see `distrl.values_table`."""
+    recorded: Recorded | None = None
+    """What it replays: its rollouts are those of another run's ticket; None samples them."""
 
     def rollout_id(self, group_index: int) -> str:
         return f"{self.role[0]}{self.ticket_id}.{self.redraw}.{group_index}"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from distrl.errors import ConfigError
 from distrl.objectives.upkeep import EMA, Frozen, Mixture, Reset, Snapshot, Upkeep
 
 STEP = "step"
@@ -24,28 +23,22 @@ class Anchors:
 
     Args:
         model: whose parameters are followed; its state now is that of every anchor.
-        upkeep: by model name, as in `Recipe.upkeep`.
+        upkeep: by model name, as in `Recipe.upkeep`. Of a `Mixture` only the part that follows the policy is kept here:
+            the policy itself.
         optimizer: whose state a `Reset` empties.
-    Raises:
-        ConfigError: an anchor that is no weights, such as a mixture.
     """
 
     def __init__(self, model: nn.Module, upkeep: Mapping[str, Upkeep], optimizer: torch.optim.Optimizer) -> None:
-        for name, kept in upkeep.items():
-            if isinstance(kept, Mixture):
-                raise ConfigError(
-                    f"the upkeep of {name} must be weights, got {kept.describe()}; no engine of this run mixes "
-                    "two models token by token: use a recipe whose opponents are an average or a snapshot"
-                )
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
         # A frozen model is scored where it lies: it may be another one than the policy's start.
         upkeep = {name: kept for name, kept in upkeep.items() if not isinstance(kept, Frozen)}
         self._upkeep = upkeep
         self._optimizer = optimizer
-        # Equal upkeep is one copy.
-        self._weights: dict[Upkeep, dict[str, Tensor]] = {kept: self._copy() for kept in dict.fromkeys(upkeep.values())}
-        self._changed = {kept: torch.zeros((), dtype=torch.int64) for kept in self._weights}
+        # Equal upkeep is one copy, and the policy itself none.
+        copied = dict.fromkeys(kept for kept in upkeep.values() if not isinstance(kept, Mixture))
+        self._weights: dict[Upkeep, dict[str, Tensor]] = {kept: self._copy() for kept in copied}
+        self._changed = {kept: torch.zeros((), dtype=torch.int64) for kept in upkeep.values()}
 
     @property
     def names(self) -> frozenset[str]:
@@ -53,22 +46,28 @@ class Anchors:
 
     def after_step(self, step: int) -> None:
         """Follows the policy, which optimizer step number `step` has just changed."""
-        for kept, weights in self._weights.items():
+        for kept, changed in self._changed.items():
             if not _moves(kept, step):
+                continue
+            changed.fill_(step)
+            weights = self._weights.get(kept)
+            if weights is None:
                 continue
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     share = kept.rate if isinstance(kept, EMA) else 1.0
                     # lerp is exact at both ends: a share of 1 copies.
                     weights[name].lerp_(parameter.detach(), share)
-            self._changed[kept].fill_(step)
             if isinstance(kept, Reset):
                 self._optimizer.state.clear()
 
     @contextmanager
     def in_place_of_the_policy(self, name: str) -> Iterator[None]:
         """The model has an anchor's weights inside; the policy's are back after it, to the bit."""
-        weights = self._weights[self._upkeep[name]]
+        weights = self._weights.get(self._upkeep[name])
+        if weights is None:
+            yield
+            return
         policy = self._copy()
         self._put(weights)
         try:
@@ -78,7 +77,7 @@ class Anchors:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps and restores in place: by anchor its weights, and when they last changed."""
-        return {name: {**self._weights[kept], STEP: self._changed[kept]} for name, kept in self._upkeep.items()}
+        return {name: {**self._weights.get(kept, {}), STEP: self._changed[kept]} for name, kept in self._upkeep.items()}
 
     def move(self, place: Callable[[Tensor], Tensor]) -> None:
         """Puts the weights elsewhere; when they changed stays on the CPU."""

@@ -11,6 +11,10 @@ from torch import Tensor
 from distrl.errors import RunError
 from distrl.logps import PaddedTokens, pad_lists, pad_rollouts
 from distrl.rollouts import join
+from distrl.schema import Role
+
+NO_VERSION = -1
+"""In place of a policy version: no weights of this run sampled it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,8 @@ class TrainingBatch:
     where the run has values, v_star [B]."""
     response_tokens: int
     versions: Tensor
-    """[B, T] int64: policy version that each response token names; 0 where there is none."""
+    """[B, T] int64: policy version that each response token names; 0 where there is none, `NO_VERSION` in all of a
+    replayed row, whose versions are those of another run."""
     engines: list[str]
     """[B] names of the actors that sampled."""
 
@@ -60,6 +65,8 @@ def training_batch(
     if not rollouts.column("v_star").null_count:
         tensors["v_star"] = torch.from_numpy(rollouts.column("v_star").to_numpy().copy())
     versions = pad_lists(rollouts.column("policy_versions"), mask, torch.int64)
+    replayed = torch.tensor([role == Role.REPLAY for role in rollouts.column("role").to_pylist()])
+    versions[replayed] = NO_VERSION
     return TrainingBatch(tokens, tensors, int(mask.sum()), versions, rollouts.column("engine").to_pylist())
 
 

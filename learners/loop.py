@@ -17,14 +17,15 @@ from learners.world import World
 class RunLink(Protocol):
     """What the first worker's loop asks of the rest of the run; every call has a deadline."""
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]] | PublishAgain | None:
-        """The tickets of a step, in order, and the staleness of each by ticket id; None to stop.
+    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int | None]] | PublishAgain | None:
+        """The tickets of a step, in order, and the staleness of each by ticket id, None for one that is replayed; None
+        to stop.
 
         While the loop waits here its weights are those that it published last, so it may be asked for them again.
         """
         ...
 
-    def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:
+    def trained(self, report: StepReport, staleness: Mapping[int, int | None]) -> int:
         """A step is done; the version number for the weights that it made."""
         ...
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.check import check_run, explain
+from deploy.check import check_run
+from deploy.explain import explain
 from deploy.quickstart import CONFIG
 from distrl.config import load_config
 from distrl.models import TinyArchitecture, make_tiny_model
 from distrl.tasks import load_task
 from distrl.tokenizer import character_tokenizer
+from tests.recorded import record_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -28,9 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_would_run(path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_would_run(path: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config = load_config(path, [f"model.path={model}"])
+    overrides = [f"model.path={model}"]
+    if "replay:" in path.read_text():
+        recorded = load_config(ROOT / "examples/sort_digits.yaml", [*overrides, f"run.dir={tmp_path}"])
+        overrides += [f"replay.journal={record_run(recorded, 64)}", "train.steps=4"]
+    config = load_config(path, overrides)
     if config.data.path is not None and not Path(config.data.path).exists():
         pytest.skip(f"{config.data.path} is not there; the example says where it comes from")
     plan = check_run(config)

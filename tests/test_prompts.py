@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_run, explain
+from deploy.check import check_run
+from deploy.explain import explain
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError, DataError
 from distrl.models import TinyArchitecture, make_tiny_model

@@ -17,8 +17,12 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *several]))
 
 
-def build_engine(config: Config, tokenizer: Any) -> Engine:
-    """The engine that `generation.engine` names, with the weights in `model.path` as policy version 0."""
+def build_engine(config: Config, tokenizer: Any, reference_share: float = 0.0) -> Engine:
+    """The engine that `generation.engine` names, with the weights in `model.path` as policy version 0.
+
+    Args:
+        reference_share: of the reference model in the mixture to sample from; only the engine transformers mixes.
+    """
     if config.generation.engine == "fake":
         from actors.engines.fake import FakeEngine
         from distrl.models import check_model
@@ -37,10 +41,16 @@ def build_engine(config: Config, tokenizer: Any) -> Engine:
     from actors.engines.transformers import TransformersEngine
     from distrl.models import load_model
 
-    model = load_model(config.model.path, torch.float32)
+    model: Any = load_model(config.model.path, torch.float32)
+    ends = end_token_ids(model, tokenizer)
+    if reference_share:
+        from actors.engines.mixture import MixtureModel
+
+        reference = load_model(config.reference.path or config.model.path, torch.float32, setting="reference.path")
+        model = MixtureModel(model, reference, reference_share)
     return TransformersEngine(
         model,
-        eos_token_ids=end_token_ids(model, tokenizer),
+        eos_token_ids=ends,
         pad_token_id=tokenizer.pad_token_id or 0,
         slots=config.generation.slots,
         threads=config.run.threads_per_process,

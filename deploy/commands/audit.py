@@ -42,6 +42,8 @@ def _lines(found: "Audit") -> Iterator[str]:
     yield f"tickets      {_counts(found.tickets)}"
     yield f"steps        {found.steps}, {found.committed_steps} of them committed, {found.abandoned_steps} abandoned"
     yield f"staleness    {_counts({f'{age} steps': n for age, n in found.staleness.items()})}"
+    for run, count in found.replayed.items():
+        yield f"replayed     {count} trained tickets, of the {found.recorded[run]} that {run} has recorded"
     yield f"off branch   {found.off_branch_tickets} trained tickets with tokens of abandoned weights"
     yield f"dropped      {_counts(found.drops)}"
     yield f"failed calls {_counts(found.failed_calls)}"

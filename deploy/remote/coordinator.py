@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from actors.calls import RayCaller
@@ -11,6 +12,7 @@ from actors.keeper import Keeper
 from actors.pipeline import Grades, Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
+from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
 from actors.shifts import ShiftWatch
 from actors.updates import UpdateLimits
@@ -20,9 +22,13 @@ from deploy.run_dir import RunDir
 from deploy.run_storage import storage_at
 from distrl.config import Config
 from distrl.ledger import Ledger
+from distrl.recording import read_recording
 from distrl.schema import Role
 from distrl.tasks import load_task, prompt_index
 from distrl.values_table import read_table
+
+REPLAYED_AT_A_TIME = 8
+"""Recorded tickets that the replay actor reads at the same time."""
 
 
 class CoordinatorActor(Coordinator, Located):
@@ -40,10 +46,20 @@ class CoordinatorActor(Coordinator, Located):
         scores_reference: bool,
         left_out: frozenset[str],
         samples: frozenset[Role],
+        recorded: Path | None = None,
     ) -> None:
+        """
+        Args:
+            recorded: ledger of the run whose recording is replayed.
+        """
         storage = storage_at(config.storage.uri, run_dir)
         generation = dict.fromkeys(GENERATION_STAGES.values(), config.generation.slots)
-        self._capacity = {**generation, "grading": config.grading.concurrency, "reference": 1}
+        replay = REPLAYED_AT_A_TIME * config.rollout.group_size
+        self._capacity = {**generation, "grading": config.grading.concurrency, "reference": 1, "replay": replay}
+        own_roles = [role for role in weights_by_role(config, samples) if role != Role.POLICY]
+        own_pools: dict[Role, Pool] = {role: Pool(GENERATION_STAGES[role]) for role in own_roles}
+        if recorded is not None:
+            own_pools[Role.REPLAY] = Pool("replay")
         pipeline = Pipeline(
             Pool("generation"),
             Pool("grading"),
@@ -52,20 +68,20 @@ class CoordinatorActor(Coordinator, Located):
             pipeline_limits(config),
             time.time,
             episodes=config.environment.name is not None,
-            own_pools={
-                role: Pool(GENERATION_STAGES[role]) for role in weights_by_role(config, samples) if role != Role.POLICY
-            },
+            own_pools=own_pools,
         )
         recorder = Recorder(run_dir.metrics, time.time)
         pipeline.on_graded = graded_watch(config, recorder)
+        ledger = Ledger(run_dir.ledger)
         super().__init__(
             coordinator_settings(config, samples),
-            Ledger(run_dir.ledger),
+            ledger,
             make_prompts(config, left_out),
             pipeline,
             recorder,
             time.time,
             Keeper(run_dir.ledger, storage.checkpoints, storage.ledgers),
+            None if recorded is None else Replays(ledger, read_recording(recorded), config.replay.epochs),
         )
 
     async def join_actor(self, stage: str, name: str, handle: Any) -> None:
@@ -103,7 +119,7 @@ def make_prompts(config: Config, left_out: frozenset[str]) -> Prompts:
     task = task.without(left_out)
     values = {} if config.vstar.path is None else read_table(config.vstar.path).by_prompt()
     seed, size = config.run.seed, len(task.train)
-    heldout = task.heldout[: config.evaluation.problems]
+    heldout = task.heldout[: config.evaluation.problems] if config.samples else ()
     return Prompts(
         draw=lambda ticket_id: task.train[prompt_index(seed, ticket_id, size)],
         heldout=heldout,
@@ -149,4 +165,5 @@ def coordinator_settings(config: Config, samples: frozenset[Role] = frozenset())
         drop_abandoned=config.train.abandoned_rollouts == "drop",
         turns=config.placement.mode == "turns",
         opponents=Role.OPPONENT in samples,
+        replays_per_step=config.replays_per_step,
     )

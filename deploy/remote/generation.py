@@ -39,7 +39,8 @@ class GenerationActor(Generation, Located):
         torch.set_num_threads(config.run.threads_per_process)
         tokenizer = load_tokenizer(config.model.path)
         configs = {one: engine_config(config, one) for one in weights}
-        engines = {one: build_engine(configs[one], tokenizer) for one in weights}
+        shares = reference_shares(config)
+        engines = {one: build_engine(configs[one], tokenizer, shares.get(one, 0.0)) for one in weights}
         built = {one: build_adapters(configs[one], engine) for one, engine in engines.items()}
         adapters = {one: adapters for one, adapters in built.items() if adapters is not None}
         text = ModelText(tokenizer, config.environment.role)
@@ -75,6 +76,16 @@ def engine_config(config: Config, weights: str) -> Config:
         arguments = {**config.generation.engine_args, **memory}
         changes["generation"] = config.generation.model_copy(update={"engine_args": arguments})
     return config.model_copy(update=changes)
+
+
+def reference_shares(config: Config) -> dict[str, float]:
+    """By the name of weights that are mixed with the reference while they sample, its share."""
+    # Imported here: whoever holds a handle imports this module, and needs no torch.
+    from distrl.objectives import build
+    from distrl.objectives.upkeep import Mixture
+
+    upkeep = build(config.objective.recipe, **config.objective.options).upkeep
+    return {name: kept.share for name, kept in upkeep.items() if isinstance(kept, Mixture)}
 
 
 def transport_of(config: Config, source: "StoreSource") -> Transport | None:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from deploy.report.files import LedgerTables, Missing, Record, read_journal
 from deploy.run_dir import RunDir
 from distrl.errors import LedgerError
+from distrl.schema import Role
 from distrl.staleness import Version, staleness
 
 PER_VERDICT = 3
@@ -51,6 +52,7 @@ _COLUMNS = [
     "response_token_ids",
     "finish_reason",
     "policy_versions",
+    "role",
 ]
 _VERDICTS = ("correct", "wrong", "failed")
 
@@ -100,7 +102,9 @@ def _row(
     versions: Mapping[int, Version],
     decode: Callable[[list[int]], str],
 ) -> Record:
-    used = rollout["policy_versions"]
+    # The versions of a replayed rollout are those of the run that recorded it.
+    replayed = rollout["role"] == Role.REPLAY
+    used = [] if replayed else rollout["policy_versions"]
     return {
         "when": when,
         "rollout_id": rollout["rollout_id"],
@@ -114,9 +118,9 @@ def _row(
         "reward": rollout["reward"],
         "response_tokens": len(rollout["response_token_ids"]),
         "finish_reason": rollout["finish_reason"],
-        "oldest_version": min(used),
-        "newest_version": max(used),
-        "staleness": _staleness(versions, min(used), ticket["trained_step"]),
+        "oldest_version": min(used, default=None),
+        "newest_version": max(used, default=None),
+        "staleness": None if replayed else _staleness(versions, min(used), ticket["trained_step"]),
     }
 
 

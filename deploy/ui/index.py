@@ -19,8 +19,9 @@ from deploy.run_dir import RunDir
 from deploy.run_storage import run_storage
 from distrl.errors import RunError, SchemaError
 from distrl.journal_file import read_table
+from distrl.schema import Role
 
-FORMAT = 1
+FORMAT = 2
 
 _TABLES = f"""
 PRAGMA journal_mode=WAL;
@@ -30,7 +31,7 @@ CREATE TABLE IF NOT EXISTS prompts (ticket_id INTEGER PRIMARY KEY, prompt TEXT N
 CREATE TABLE IF NOT EXISTS rollouts (
     rollout_id TEXT PRIMARY KEY, ticket_id INTEGER NOT NULL, group_index INTEGER NOT NULL, prompt_id TEXT NOT NULL,
     response TEXT NOT NULL, reward REAL NOT NULL, verdict TEXT NOT NULL, reason TEXT, finish_reason TEXT NOT NULL,
-    tokens INTEGER NOT NULL, oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL, file TEXT NOT NULL);
+    tokens INTEGER NOT NULL, oldest_version INTEGER, newest_version INTEGER, file TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS by_ticket ON rollouts(ticket_id, group_index);
 PRAGMA user_version = {FORMAT};
 """
@@ -140,7 +141,14 @@ class RolloutIndex:
             LEFT JOIN prompts p ON p.ticket_id = t.ticket_id WHERE r.rollout_id = ?""",
             (rollout_id,),
         ).fetchone()
-        return None if row is None else dict(row)
+        return None if row is None else {**dict(row), "origin": self._origin(row["ticket_id"])}
+
+    def _origin(self, ticket_id: int) -> str | None:
+        """Which recorded ticket a replayed one is; None for one that was sampled."""
+        if not self._db.execute("SELECT 1 FROM ledger.sqlite_master WHERE name = 'replays'").fetchone():
+            return None  # younger than the first ledgers
+        found = self._db.execute("SELECT * FROM ledger.replays WHERE ticket_id = ?", (ticket_id,)).fetchone()
+        return found and f"ticket {found['source_ticket']} of {found['run']}, pass {found['epoch'] + 1}"
 
     def group(self, ticket_id: int) -> list[dict[str, Any]]:
         """The rollouts of a ticket, which answer the same prompt."""
@@ -186,7 +194,7 @@ class RolloutIndex:
             raise RunError(f"RUN: {file} must be a journal file: {error}; distrl audit says what is damaged") from error
         decode = self._decode or tokenizer_of(self._run_dir, read_config(self._run_dir.config, Missing())[1])
         self._decode = decode
-        rows = [row for row in table.to_pylist() if row["role"] == "policy"]
+        rows = [row for row in table.to_pylist() if row["role"] in (Role.POLICY, Role.REPLAY)]
         prompts = {row["ticket_id"]: row["prompt_token_ids"] for row in rows}
         with self._db:
             self._db.executemany(
@@ -206,13 +214,14 @@ _SELECTED = """
 
 def _values(rows: list[dict[str, Any]], path: str) -> Iterator[tuple[Any, ...]]:
     for row in rows:
-        versions = row["policy_versions"]
+        # The versions of a replayed rollout are those of the run that recorded it.
+        versions = [None] if row["role"] == Role.REPLAY else row["policy_versions"]
         yield (
             *(
                 row[name]
                 for name in ("rollout_id", "ticket_id", "group_index", "prompt_id", "text", "reward", "verdict")
             ),
-            *(row["reason"], row["finish_reason"], len(row["response_token_ids"]), min(versions), max(versions), path),
+            *(row["reason"], row["finish_reason"], len(row["response_token_ids"]), versions[0], versions[-1], path),
         )
 
 

@@ -74,9 +74,19 @@ def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder
             "staleness_mean": 1.0,
             "staleness_max": 3,
             "staleness_counts": {"0": 2, "1": 1, "3": 1},
+            "replayed": 0,
             "response_tokens": 77,
         }
     ]
+
+
+def test_replayed_tickets_are_counted_and_have_no_part_in_the_staleness(recorder: Recorder) -> None:
+    recorder.step(REPORT, rewards=[0.0, 1.0, 1.0], staleness=[None, 2, None], tokens=77)
+    recorder.step(REPORT, rewards=[0.0, 1.0], staleness=[None, None], tokens=77)
+    names = ("replayed", "staleness_mean", "staleness_max", "staleness_counts")
+    mixed, offline = ({name: record[name] for name in names} for record in recorder.after(-1))
+    assert mixed == {"replayed": 2, "staleness_mean": 2.0, "staleness_max": 2, "staleness_counts": {"2": 1}}
+    assert offline == {"replayed": 2, "staleness_mean": None, "staleness_max": None, "staleness_counts": {}}
 
 
 def test_one_asks_for_what_is_new(recorder: Recorder) -> None:

@@ -185,7 +185,7 @@ BROKEN: list[tuple[Stage, str, list[Any], str]] = [
         Stage.GENERATION,
         "role",
         ["policy", "evaluation", "teacher"],
-        "p4.0.2: role must be one of policy, evaluation, opponent, reference, got 'teacher'",
+        "p4.0.2: role must be one of policy, evaluation, opponent, reference, replay, got 'teacher'",
     ),
     (
         Stage.GENERATION,

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_run, explain
+from deploy.check import check_run
+from deploy.explain import explain
 from deploy.remote.generation import engine_config
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError

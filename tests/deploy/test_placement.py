@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import ray
 
-from deploy.check import check_run, explain
+from deploy import vstar
+from deploy.check import check_run
 from deploy.check_gpus import check_placement
+from deploy.explain import explain
 from deploy.nodes import ClusterNode, Nodes
 from deploy.placement import Reservation, check_cluster, check_learners, claims, learner_claims, reserve
 from deploy.ray_train import RESOURCE
-from deploy.remote.generation import engine_config
+from deploy.remote.generation import GenerationActor, engine_config
 from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
@@ -251,6 +253,38 @@ def test_a_placement_that_this_cluster_can_never_give_is_refused_and_starts_noth
     assert ray.util.placement_group_table() == {} or all(
         group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
     )
+
+
+class SeenGenerationActor(GenerationActor):
+    """Says which GPUs Ray gave it."""
+
+    def __init__(self, config: Config, name: str, *arguments: Any) -> None:
+        super().__init__(config, name, *arguments)
+        (config.run.dir / name).write_text(json.dumps([str(i) for i in ray.get_gpu_ids()]))
+
+
+@pytest.mark.ray
+def test_values_are_sampled_on_gpus_of_their_own(
+    four_gpus: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {
+        "placement.mode": "separate",
+        "run.dir": str(tmp_path),
+        "vstar.path": str(tmp_path / "values.parquet"),
+        "vstar.responses": 2,
+        "data.train_size": 4,
+    }
+    monkeypatch.setattr(vstar, "GenerationActor", SeenGenerationActor)
+    many = config(model, **keys, **{"generation.reference_actors": 5})
+    assert refusal(ConfigError, lambda: vstar.make_table(many, lambda done, of: None)) == (
+        "placement: the run needs 5 GPUs (reference-sampling 5 x 1), the cluster has 4, 1 too few; lower the number of "
+        "actors, share a GPU with placement.mode=shared or turns, or add nodes"
+    )
+    two = config(model, **keys, **{"generation.reference_actors": 2})
+    assert vstar.make_table(two, lambda done, of: None)["sampled"] == 4
+    given = [json.loads((tmp_path / f"reference-sampling-{i}").read_text()) for i in range(2)]
+    assert [len(one) for one in given] == [1, 1]
+    assert given[0] != given[1]
 
 
 @pytest.mark.ray

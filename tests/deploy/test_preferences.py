@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_run, explain
+from deploy.check import check_run
+from deploy.explain import explain
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError
 from distrl.models import TinyArchitecture, make_tiny_model
@@ -40,10 +41,24 @@ def test_nash_mp_samples_opponents_and_online_ipo_compares_its_own_pairs(model: 
     plan = check_run(settings)
     assert plan.opponents == 2
     assert Role.OPPONENT in plan.samples
-    assert "reward_difference compares responses with 2 opponent(s) each" in "\n".join(explain(settings, plan))
+    assert (
+        "reward_difference compares responses with 2 opponent(s) each: moving average of the policy's weights, 0.01 of "
+        "the new ones after every step"
+    ) in "\n".join(explain(settings, plan))
     pairs = check_run(config(model, "online_ipo", **{"train.max_staleness": 0}))
     assert pairs.opponents == 0
     assert Role.OPPONENT not in pairs.samples
+
+
+def test_nash_md_reads_the_reference_for_its_opponents_also_without_a_kl(model: Path) -> None:
+    given = {"reference.path": str(model)}
+    mixed = check_run(config(model, "nash_md", **given, **{"objective.options": {"tau": 0.0, "mixture": 0.25}}))
+    assert Role.OPPONENT in mixed.samples
+    assert not mixed.scores_reference
+    nobody = {"tau": 0.0, "mixture": 0.0}
+    assert refusal(
+        ConfigError, lambda: check_run(config(model, "nash_md", **given, **{"objective.options": nobody}))
+    ).startswith("reference.path must be empty for objective.recipe nash_md as configured")
 
 
 def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Path) -> None:
@@ -117,10 +132,10 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         ),
         (
             "nash_md",
-            {},
-            "objective.recipe nash_md asks for opponent that samples from policy^0.875 reference^0.125, mixed token by "
-            "token, which no engine does yet; use nash_mp, whose opponents are an average or a snapshot of the "
-            "policy's weights",
+            {"generation.engine": "vllm"},
+            "generation.engine must be transformers for objective.recipe nash_md, whose opponent samples from "
+            "policy^0.875 reference^0.125, mixed token by token, got vllm; a vLLM samples from one model alone: change "
+            "the engine, or use nash_mp, whose opponents are an average or a snapshot of the policy's weights",
         ),
         (
             "online_ipo",
@@ -136,5 +151,8 @@ def test_a_moving_reference_is_scored_by_the_learner_and_not_by_actors(model: Pa
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(model: Path, recipe: str, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    model: Path, recipe: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.check.find_spec", lambda name: name)  # as if vLLM were installed
     assert refusal(ConfigError, lambda: check_run(config(model, recipe, **changes))) == message

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_run, explain
+from deploy.check import check_run
+from deploy.explain import explain
 from deploy.roles import own_actors, weights_by_role
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError

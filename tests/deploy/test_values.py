@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from deploy.check import check_graders, check_run, explain
+from deploy.check import check_graders, check_run
+from deploy.explain import explain
 from deploy.remote.coordinator import make_prompts
 from deploy.values import estimate, table_key, training_prompts
 from distrl.config import Config, make_config
@@ -110,14 +111,18 @@ def test_a_table_of_another_reference_grader_or_prompt_set_is_refused(model: Pat
     another = make_model(tmp_path / "another", 1)
     changed = config(another, tmp_path)
     assert key_of(changed) == replace(key, reference=key_of(changed).reference)
-    assert f"differ in reference ({key_of(changed).reference!r} and {key.reference!r})" in refusal(
-        ConfigError, lambda: check_run(changed)
+    told = (
+        "vstar.path must be a table of this run's reference, grader and sampling, the run and the table differ in {}; "
+        "make a table for this config with: distrl vstar CONFIG"
+    )
+    assert refusal(ConfigError, lambda: check_run(changed)) == told.format(
+        f"reference ({key_of(changed).reference!r} and {key.reference!r})"
     )
     # The reference is what counts: the trained model may be another one.
     check_run(config(another, tmp_path, **{"reference.path": str(model)}))
     numeric = config(model, tmp_path, **{"reward.grader": "numeric"})
-    assert f"differ in grader ({key_of(numeric).grader!r} and {key.grader!r})" in refusal(
-        ConfigError, lambda: check_run(numeric)
+    assert refusal(ConfigError, lambda: check_run(numeric)) == told.format(
+        f"grader ({key_of(numeric).grader!r} and {key.grader!r})"
     )
     more = config(model, tmp_path, **{"data.train_size": PROMPTS + 1})
     first = training_prompts(more, load_task(more.data))[PROMPTS]

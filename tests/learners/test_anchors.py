@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrl.errors import ConfigError
 from distrl.objectives import build
 from distrl.objectives.upkeep import EMA, Frozen, Mixture, Reset, Upkeep
 from learners.anchors import Anchors
 from learners.checkpoint import CheckpointWriter, TrainState, load_checkpoint
 from learners.world import World
-from tests.builders import refusal
 
 
 def trained(upkeep: dict[str, Upkeep], values: list[float]) -> tuple[nn.Linear, torch.optim.AdamW, Anchors]:
@@ -76,12 +74,15 @@ def test_a_reset_takes_the_policy_and_empties_the_optimizer() -> None:
     assert weight(model, anchors, "reference") == float(model.weight.detach()) != 0.0
 
 
-def test_a_frozen_model_is_none_that_follows_and_a_mixture_is_refused() -> None:
+def test_a_frozen_model_is_none_that_follows() -> None:
     assert trained({"reference": Frozen()}, [1.0])[2].names == frozenset()
-    assert refusal(ConfigError, lambda: trained({"opponent": Mixture(0.5)}, [])) == (
-        "the upkeep of opponent must be weights, got samples from policy^0.5 reference^0.5, mixed token by token; no "
-        "engine of this run mixes two models token by token: use a recipe whose opponents are an average or a snapshot"
-    )
+
+
+def test_of_a_mixture_the_policy_is_the_part_that_follows_and_nothing_is_copied() -> None:
+    model, _, anchors = trained({"opponent": Mixture(0.5)}, [3.0, 7.0])
+    assert anchors.changed("opponent") == 2
+    assert weight(model, anchors, "opponent") == 7.0
+    assert anchors.tensors()["opponent"].keys() == {"step"}
 
 
 class Saved(nn.Linear):

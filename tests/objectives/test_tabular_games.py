@@ -211,6 +211,33 @@ def test_a_target_that_follows_rests_at_the_equilibrium_and_a_frozen_one_elsewhe
     assert recipe_gradient(frozen, reference, reference, game, beta / eta).abs().max() < 1e-12
 
 
+@each_game
+@pytest.mark.parametrize("share", [0.125, 0.5])
+def test_the_loss_of_nash_md_rests_where_its_mixture_is_the_equilibrium_of_a_higher_temperature(
+    game: str, share: float
+) -> None:
+    matrix, reference, beta, _, best = load(game)
+
+    def mixed(policy: Tensor) -> Tensor:
+        return ((1 - share) * policy.log() + share * reference.log()).softmax(0)
+
+    def loss_gradient(policy: Tensor) -> Tensor:
+        logits = policy.log()[None].clone().requires_grad_()
+        tensors = responses(logits, 1, ref_logps=reference.log()[None])
+        tensors |= {"behavior_logps": tensors["logps"].detach(), "preference": matrix @ mixed(policy)}
+        recipe = build("nash_md", tau=beta, mixture=share, baseline="half")
+        return gradient(expected(recipe, tensors, policy).loss, logits)
+
+    # Stationary: policy = reference exp(P mixture / beta) / Z. Mixed with the reference that is the mixture again, so
+    # mixture = reference exp((1 - share) P mixture / beta) / Z: the equilibrium at beta / (1 - share).
+    wanted = nash_equilibrium(matrix, reference, beta / (1 - share))
+    rest = (reference.log() + matrix @ wanted / beta).softmax(0)
+    torch.testing.assert_close(mixed(rest), wanted, rtol=0, atol=1e-12)
+    assert loss_gradient(rest).abs().max() < 1e-12
+    # Which is not the equilibrium of the game itself.
+    assert loss_gradient(best).abs().max() > 1e-4
+
+
 def test_between_two_responses_every_opponent_is_the_same() -> None:
     # P(1 beats q) - P(2 beats q) does not depend on q, so that offline and online learning agree.
     matrix = torch.tensor([[0.5, 0.8], [0.2, 0.5]], dtype=torch.float64)

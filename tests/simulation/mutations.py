@@ -11,6 +11,7 @@ from typing import Any
 from actors.dispatcher import Dispatcher
 from actors.flights import Flights
 from actors.journal import Journal
+from actors.streams import ReplayedFlights, Streams
 from distrl.ledger import Ledger
 from distrl.staleness import Admission
 
@@ -29,7 +30,7 @@ class Mutation:
 
 
 MUTATIONS = (
-    Mutation("numbers of tickets are skipped", Ledger, "issue", "MAX(ticket_id) + 1", "MAX(ticket_id) + 2", 0),
+    Mutation("numbers of tickets are skipped", Ledger, "_issue", "MAX(ticket_id) + 1", "MAX(ticket_id) + 2", 0),
     Mutation("version numbers are used again", Ledger, "_next_version", "MAX(version) + 1, 0", "MAX(parent) + 1, 0", 0),
     Mutation("a zombie is not fenced", Ledger, "_check_owner", 'newest["epoch"] != self._epoch', "False", 13),
     Mutation("staleness is not recorded", Ledger, "mark_trained", "staleness=value", "staleness=0", 0),
@@ -87,7 +88,7 @@ MUTATIONS = (
         "redraw=False",
         0,
     ),
-    Mutation("a ticket is drawn again without end", Dispatcher, "_redraw", "ticket.redraw < limit", "True", 30),
+    Mutation("a ticket is drawn again without end", Dispatcher, "_redraw", "ticket.redraw < limit", "True", 190),
     Mutation("what was sampled before a redraw still counts", Dispatcher, "_redraw", "flight.abort()", "pass", 0),
     Mutation(
         "rollouts of weights that were left are trained", Dispatcher, "_return_abandoned", "if f.ready", "if False", 250
@@ -103,6 +104,30 @@ MUTATIONS = (
         5,
     ),
     Mutation("the step does not look ahead", Admission, "choose", "and not late", "", 9),
+    Mutation(
+        "a recorded ticket is replayed again", Ledger, "issue_replay", "COUNT(*) AS n", "MAX(COUNT(*) - 1, 0) AS n", 0
+    ),
+    Mutation(
+        "what a ticket replays is not written",
+        Ledger,
+        "issue_replay",
+        'self._db.execute("INSERT INTO replays VALUES (?, ?, ?, ?)", (draw.ticket_id, *origin))',
+        "pass",
+        0,
+    ),
+    Mutation("recorded tickets are left out", Ledger, "issue_replay", "COUNT(*) AS n", "2 * COUNT(*) AS n", 0),
+    Mutation(
+        "a replayed ticket is sampled after a crash", Dispatcher, "_put_back", "is not None and", "is None and", 0
+    ),
+    Mutation("a batch lacks what is replayed", Streams, "choose", "not all(batches)", "not any(batches)", 0),
+    Mutation(
+        "replayed tickets overtake each other",
+        ReplayedFlights,
+        "choose",
+        "sorted(self.under_way.items())[: self.size]]",
+        "sorted(self.under_way.items()) if flight.ready][: self.size]",
+        0,
+    ),
     Mutation("what is too old after a crash is kept", Flights, "hopeless", "not in trainable", "in ()", 190),
 )
 

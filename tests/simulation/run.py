@@ -165,6 +165,8 @@ def _judge(schedule: Schedule, disk: Disk, *, finished: bool) -> None:
         finished,
         REDRAWS if schedule.on_stale == "redraw" else 0,
         schedule.drop_abandoned,
+        schedule.replays,
+        schedule.replay_epochs,
     )
     found = audit(disk.directory / "ledger.sqlite", contract)
     if found.violations:
@@ -204,9 +206,10 @@ def broken_by(seed: int) -> tuple[str, ...]:
 
 def broken_in(schedule: Schedule) -> tuple[str, ...]:
     outcome = play(schedule)
-    if outcome.broken or outcome.drops or schedule.max_staleness or schedule.on_stale == "keep":
+    synchronous = schedule.max_staleness == 0 and schedule.on_stale != "keep"
+    if outcome.broken or outcome.drops or not (synchronous or schedule.offline):
         return outcome.broken
-    # Synchronous training: whatever happened, it ends with the weights of a run to which nothing did.
+    # Synchronous or offline training: whatever happened, it ends with the weights of a run to which nothing did.
     if outcome.weight != play(undisturbed(schedule)).weight:
         return ("the final weights are not those of the undisturbed run",)
     return ()

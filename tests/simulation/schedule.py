@@ -62,6 +62,13 @@ class Schedule:
     slow_tickets: tuple[int, ...]
     """Tickets whose every draw takes forty times as long."""
     faults: tuple[Fault, ...]
+    replays: int = 0
+    """Tickets of every batch that another run has recorded; all of them is offline training."""
+    replay_epochs: int = 1
+
+    @property
+    def offline(self) -> bool:
+        return self.replays == self.tickets_per_step
 
 
 def schedule_of(seed: int) -> Schedule:
@@ -79,6 +86,7 @@ def schedule_of(seed: int) -> Schedule:
     max_staleness = rng.choice((0, 0, 0, 1, 1, 2, 3))
     on_stale = rng.choice(("wait", "redraw", "keep"))
     stragglers = 0.8 if on_stale == "redraw" else 0.2
+    replaying = random.Random(f"replay {seed}")  # of its own: the other draws of a seed stay what they are
     return Schedule(
         seed=seed,
         steps=steps,
@@ -96,6 +104,8 @@ def schedule_of(seed: int) -> Schedule:
         slow_tickets=tuple(rng.sample(range(10), rng.randint(1, 3))) if rng.random() < stragglers else (),
         drop_abandoned=rng.random() < 0.4,
         faults=tuple(faults),
+        replays=replaying.randint(1, per_step) if replaying.random() < 0.3 else 0,
+        replay_epochs=replaying.randint(1, 2),
     )
 
 
@@ -124,13 +134,15 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         "evaluate_every": 0,
         "on_stale": "wait",
         "checkpoint_every": 1,
+        "replays": 0,
+        "replay_epochs": 1,
     }
     for name, value in plain.items():
         if getattr(schedule, name) != value:
             yield replace(schedule, **{name: value})
     for name, least in (("steps", 1), ("tickets_per_step", 1), ("actors", 1), ("max_staleness", 0)):
         value = getattr(schedule, name)
-        if value > least:
+        if value > least and not (name == "tickets_per_step" and value == schedule.replays):
             yield replace(schedule, **{name: value - 1})
     for i, fault in enumerate(schedule.faults):
         for at in {fault.at // 2, fault.at - 1} - {fault.at}:

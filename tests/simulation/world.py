@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import random
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +23,21 @@ from actors.policy_store import PolicyStore
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.reference import Reference
+from actors.replay import Replay
+from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
 from actors.updates import UpdateLimits
 from distrl.errors import DeadlineError, StageError
 from distrl.ledger import Ledger
 from distrl.messages import BatchGrant, Content, Layout, Manifest, StepReport
+from distrl.recording import read_recording
 from distrl.rewards import Grade
 from distrl.sampling import LoadReport, SampleRequest, SamplingParams
+from distrl.schema import Role
 from distrl.staleness import Admission
+from distrl.storage import Folder
 from distrl.tasks import Problem
+from tests.recorded import small_recording
 from tests.simulation.schedule import IN_SQL, Fault, Kind, Schedule
 from tests.system.in_process import Digits, send, ticket_of
 
@@ -254,13 +261,19 @@ class World:
         journal = Wire("journal", Journal(self.disk.directory / "journal", clock=self._loop.time), self)
         limits = PipelineLimits(3, 0.1, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2, 2)
         pipeline = Pipeline(
-            generation, grading, scoring if schedule.reference else None, journal, limits, self._loop.time
+            generation,
+            grading,
+            scoring if schedule.reference else None,
+            journal,
+            limits,
+            self._loop.time,
+            {Role.REPLAY: self._replay_pool()} if schedule.replays else None,
         )
         settings = CoordinatorSettings(
             seed=0,
             steps=schedule.steps,
             group_size=2,
-            admission=Admission(schedule.max_staleness, schedule.tickets_per_step),
+            admission=Admission(schedule.max_staleness, schedule.tickets_per_step - schedule.replays),
             on_stale=schedule.on_stale,
             updates=UpdateLimits(8, 0.1, TIMEOUT_S, 20 * TIMEOUT_S),
             ready_bytes=1 << 30,
@@ -269,10 +282,34 @@ class World:
             keep_checkpoints=1000,
             redraws=REDRAWS,
             drop_abandoned=schedule.drop_abandoned,
+            replays_per_step=schedule.replays,
         )
-        heldout = [_problem(1000)]
-        prompts = Prompts(_problem, heldout, heldout)
-        return Coordinator(settings, self.ledger, prompts, pipeline, Recorder(None, self._loop.time), self._loop.time)
+        heldout = [] if schedule.offline else [_problem(1000)]
+        return Coordinator(
+            settings,
+            self.ledger,
+            Prompts(_problem, heldout, heldout),
+            pipeline,
+            Recorder(None, self._loop.time),
+            self._loop.time,
+            replays=self._replays() if schedule.replays else None,
+        )
+
+    def _replays(self) -> Replays:
+        return Replays(self.ledger, read_recording(self._recorded()), self.schedule.replay_epochs)
+
+    def _replay_pool(self) -> Pool:
+        pool = Pool("replay")
+        worker = Replay(Folder(self._recorded().parent / "journal"), vocabulary=100, clock=self._loop.time)
+        pool.add(Wire("replay-0", worker, self), 4)
+        return pool
+
+    def _recorded(self) -> Path:
+        """The ledger of a recording that is just long enough, with some to spare for drops."""
+        directory, schedule = self.disk.directory.parent / "recorded", self.schedule
+        if not directory.exists():
+            small_recording(directory, math.ceil(schedule.steps * schedule.replays / schedule.replay_epochs) + 3)
+        return directory / "ledger.sqlite"
 
     def _poison(self, actor: int) -> Any:
         calls = 0

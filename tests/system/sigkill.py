@@ -60,10 +60,13 @@ class Compared:
         return alone == killed and all(any(name.startswith(begin) for name in alone) for begin in COMPARED)
 
 
-def compare(folder: Path, kills: int, seed: int) -> Compared:
+def compare(folder: Path, kills: int, seed: int, changes: Mapping[str, Any] | None = None) -> Compared:
     """Trains twice, synchronously and with the same seed.
 
     Beside `kills` SIGKILLs at random moments there is one between a checkpoint's last file and its name in the ledger.
+
+    Args:
+        changes: sections of the config beside those of `_config`.
     """
     make_tiny_model(
         folder / "model",
@@ -71,7 +74,7 @@ def compare(folder: Path, kills: int, seed: int) -> Compared:
         seed=0,
         architecture=TinyArchitecture(hidden_size=32, layers=2, heads=2, intermediate_size=64),
     )
-    alone, killed = _config(folder, "alone"), _config(folder, "killed")
+    alone, killed = (_config(folder, name, changes or {}) for name in ("alone", "killed"))
     assert _start("train", alone).wait(DEADLINE_S) == 0, (folder / "log").read_text()
     rng = random.Random(seed)
     unnamed = _kill_before_the_ledger_names_it(folder, killed)
@@ -87,7 +90,7 @@ def compare(folder: Path, kills: int, seed: int) -> Compared:
     )
 
 
-def _config(folder: Path, name: str) -> Path:
+def _config(folder: Path, name: str, changes: Mapping[str, Any]) -> Path:
     values = {
         "run": {"dir": str(folder), "name": name},
         "model": {"path": str(folder / "model")},
@@ -102,17 +105,18 @@ def _config(folder: Path, name: str) -> Path:
             "max_staleness": 0,
         },
         "evaluation": {"problems": 16, "every_steps": 0},
+        **changes,
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-def _start(command: str, argument: Path) -> "subprocess.Popen[bytes]":
+def _start(command: str, argument: Path, *options: str) -> "subprocess.Popen[bytes]":
     log = (argument.parent / "log").open("ab")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-c", "from deploy.cli import main; main()", command, str(argument)],
+            [sys.executable, "-c", "from deploy.cli import main; main()", command, str(argument), *options],
             stdout=log,
             stderr=log,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -31,6 +31,7 @@ def test_every_role_has_weights() -> None:
         Role.EVALUATION: "policy",
         Role.OPPONENT: "opponent",
         Role.REFERENCE: "reference",
+        Role.REPLAY: "policy",  # of the run that recorded it
     }
 
 
