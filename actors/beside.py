@@ -42,6 +42,16 @@ class Beside:
         self._pipeline = pipeline
         self._seed = seed
         self._clock = clock
+        self.under_way: dict[tuple[Role, int], Flight] = {}
+        """What is being sampled, or was and is not yet `done`."""
+
+    def done(self, sampled: Sampled) -> None:
+        """Nothing more is asked of what was sampled."""
+        self.under_way.pop((Role(sampled.flight.ticket.role), sampled.flight.ticket.ticket_id), None)
+
+    def oldest(self) -> Flight | None:
+        """The ticket that has been where it is for longest."""
+        return min(self.under_way.values(), key=lambda f: f.stage_since_s or f.issued_s, default=None)
 
     async def sample(
         self,
@@ -72,4 +82,9 @@ class Beside:
             messages=problem.messages,
         )
         flight = Flight(ticket, problem, oldest_step=0, issued_s=self._clock())
-        return Sampled(flight, await self._pipeline.sample(flight, None, fits))
+        self.under_way[role, index] = flight
+        try:
+            return Sampled(flight, await self._pipeline.sample(flight, None, fits))
+        except BaseException:
+            del self.under_way[role, index]
+            raise

@@ -25,7 +25,7 @@ from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
 from actors.turns import Turns
 from actors.updates import Unversioned, Updates
-from actors.waits import WaitReport, blame
+from actors.waits import Activity, WaitReport, blame
 from distrl.errors import LedgerError, RunError
 from distrl.ledger import Ledger
 from distrl.ledger_reader import Checkpoint
@@ -70,11 +70,17 @@ class Coordinator:
         self._dispatcher = Dispatcher(
             settings, ledger, prompts, pipeline, self._versions, recorder, self._outcome, clock, replays
         )
-        self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome)
+        self._updates = Updates(self._versions, pipeline, settings.updates, recorder, self._outcome, clock=clock)
         # No weights of opponents are there before the first publication: engines start from the policy's.
         self._opponent_weights = Unversioned(Version(0, None, 0))
         self._opponents = Updates(
-            self._opponent_weights, pipeline, settings.updates, recorder, self._outcome, weights_of(Role.OPPONENT)
+            self._opponent_weights,
+            pipeline,
+            settings.updates,
+            recorder,
+            self._outcome,
+            weights_of(Role.OPPONENT),
+            clock,
         )
         self._may_load = asyncio.Event()
         """Set once the weights may change that sample for training."""
@@ -89,6 +95,7 @@ class Coordinator:
         self._resumed = self._versions.has_past
         self._evaluation: asyncio.Task[None] | None = None
         self._waits = WaitReport()
+        self._learner_does = Activity(clock)
         self._learner_waits_since: float | None = None
         self._recovered = asyncio.Event()
         self._turns = (
@@ -256,6 +263,7 @@ class Coordinator:
         if self._turns is not None:
             await self._turns.to_generation()  # a learner that asks has given its memory back
         began = self._learner_waits_since = self._clock()
+        self._learner_does.begin(f"waits for the batch of step {step}")
         batch: list[Flight] = []
         async with self._outcome.changed:
             while not self._learner.must_leave(session) and not (batch := self._dispatcher.choose(self._step)):
@@ -280,6 +288,7 @@ class Coordinator:
         if self._turns is not None:
             await self._turns.to_learner()
         self._step = step
+        self._learner_does.begin(f"trains step {step} on {len(batch)} tickets")
         tickets = [self._grant(flight) for flight in batch]
         self._dispatcher.issue()
         return BatchGrant(step, tuple(tickets))
@@ -325,6 +334,7 @@ class Coordinator:
         checkpoint = self._ledger.last_checkpoint()
         lossless = self._learner.left and self._is_saved(checkpoint)
         session = self._learner.sit(where, workers)
+        self._learner_does.begin("loads its weights")
         self._updates.expect_nothing()
         await self._outcome.notify()  # a call of the process before may still wait for a batch
         group = f", the first of {len(workers)}," if len(workers) > 1 else ""
@@ -371,6 +381,7 @@ class Coordinator:
             if report.skipped is not None:
                 self._recorder.event("skipped_step", report.skipped)
             self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
+            self._learner_does.begin(f"publishes policy version {version}")
         return self._updates.expect(version)
 
     async def restored(self, step: int, session: int | None = None) -> int:
@@ -394,7 +405,9 @@ class Coordinator:
         returned = await self._dispatcher.roll_back(step)
         self._step = step
         self._recorder.event("rolled_back", f"to step {step}, {returned} trained tickets are ready again")
-        return self._updates.expect(self._versions.allocate(step))
+        version = self._versions.allocate(step)
+        self._learner_does.begin(f"publishes policy version {version} again")
+        return self._updates.expect(version)
 
     async def published(self, version: int, step: int, manifest_sha256: str, weights: str = POLICY_WEIGHTS) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them.
@@ -415,6 +428,7 @@ class Coordinator:
             await self._outcome.notify()
             return
         self._versions.publish(version, manifest_sha256)
+        self._learner_does.begin(f"has published policy version {version} and asks for no batch, or makes a checkpoint")
         self._dispatcher.flights.release()
         every = self._settings.evaluate_every_steps
         if self._resumed and self._settings.opponents and not self._dispatcher.first_opponent:
@@ -493,10 +507,11 @@ class Coordinator:
             "learner_waits_s": dict(self._waits.learner_s),
             "generation_held_s": self._dispatcher.held.read(),
             **self._crew.report(),
+            "evaluating": self._evaluator.report(self._clock()),
             "truncated": self._pipeline.truncated,
             "generated_tokens": self._pipeline.generated_tokens,
             "retries": dict(self._pipeline.retries),
-            "learner": self._learner.report(),
+            "learner": {**self._learner.report(), **self._learner_does.report()},
             "started": self._started,
             "resumed": self._versions.has_past,
         }

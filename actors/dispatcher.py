@@ -268,6 +268,7 @@ class Dispatcher:
             ticket.group_size,
             lambda member: member.others.get(weights, 0) >= self.first_opponent,
         )
+        self._beside.done(met)
         flight.opponents = met.flight.generation
 
     def sample_again(self, flight: Flight, cause: ReturnCause, *, redraw: bool = False) -> None:

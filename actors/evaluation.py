@@ -4,8 +4,10 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from actors.beside import Beside
+from actors.flights import calls_of
 from actors.pipeline import Grades, Pipeline, TicketFailedError
 from actors.pool import Member
 from distrl.messages import GenerationReceipt
@@ -53,6 +55,15 @@ class Evaluator:
         self.may_load = asyncio.Event()
         """Set while actors of its own may go on to newer weights."""
         self._running = asyncio.Lock()
+        self._name = ""
+
+    def report(self, now: float) -> dict[str, Any] | None:
+        """The evaluation under way and its problem that waits longest; None where there is none."""
+        if not self._name:
+            return None
+        oldest = self._beside.oldest()
+        calls = [] if oldest is None else calls_of(oldest, now)
+        return {"name": self._name, "problem": oldest and oldest.ticket.ticket_id, "calls": calls}
 
     async def run(self, name: str, problems: Sequence[Problem], step: int) -> Evaluation:
         """Evaluates on `problems` with weights of optimizer step `step` or newer.
@@ -60,6 +71,13 @@ class Evaluator:
         Raises:
             TicketFailedError: no problem at all could be graded; carries the last cause.
         """
+        self._name = name
+        try:
+            return await self._run(name, problems, step)
+        finally:
+            self._name = ""
+
+    async def _run(self, name: str, problems: Sequence[Problem], step: int) -> Evaluation:
         if not self.apart:
             return await self._evaluate(name, problems, step)
         async with self._running:
@@ -112,4 +130,7 @@ class Evaluator:
         self, index: int, problem: Problem, fits: Callable[[Member], bool]
     ) -> tuple[GenerationReceipt, Grades]:
         sampled = await self._beside.sample(Role.EVALUATION, index, problem, 1, fits)
-        return sampled.receipt, await self._pipeline.grade(sampled.flight)
+        try:
+            return sampled.receipt, await self._pipeline.grade(sampled.flight)
+        finally:
+            self._beside.done(sampled)

@@ -21,6 +21,8 @@ class Flight:
     stage: str = "issue"
     """Where it is now; `ready` when it waits for the learner."""
     stage_since_s: float = 0.0
+    calls: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """By stage what is waited for: the process that has the ticket, empty while none has a place, and since when."""
     generation: Any = None
     grading: Any = None
     reference: Any = None
@@ -42,6 +44,18 @@ class Flight:
 
     def enter(self, stage: str, now: float) -> None:
         self.stage, self.stage_since_s = stage, now
+        self.calls.clear()
+
+    def call(self, stage: str, process: str, now: float) -> None:
+        """A stage has the ticket from now on; grading and reference scoring may have it at the same time.
+
+        Args:
+            process: empty while it waits for one.
+        """
+        self.calls[stage] = (process, now)
+
+    def answered(self, stage: str) -> None:
+        self.calls.pop(stage, None)
 
     def abort(self) -> None:
         """Ends the calls under way for it."""

@@ -167,5 +167,14 @@ class Flights:
                 "ticket": oldest.ticket.ticket_id,
                 "stage": oldest.stage,
                 "since_s": now - oldest.stage_since_s,
+                "calls": calls_of(oldest, now),
             },
         }
+
+
+def calls_of(flight: Flight, now: float) -> list[dict[str, Any]]:
+    """What a ticket waits for: stages, each with the process that has it (empty: none yet) and the seconds since."""
+    return [
+        {"stage": stage, "process": process, "since_s": now - since}
+        for stage, (process, since) in sorted(flight.calls.items())
+    ]

@@ -125,10 +125,13 @@ class Pipeline:
         async def attempt() -> GenerationReceipt:
             nonlocal first
             suspect = self._is_suspect(flight)
+            if first is None:
+                flight.call("generation", "", self._clock())
             here = first or await pool.wait_take(places, (lambda m: unsuspected(m) and fits(m)) if suspect else fits)
             first = None
             here.suspects += suspect
             flight.enter("generation", self._clock())
+            flight.call("generation", here.name, flight.stage_since_s)
             try:
                 answer: GenerationReceipt
                 # Graders get the problem; generation needs it only to play an episode.
@@ -158,8 +161,10 @@ class Pipeline:
         timeout_s = self._limits.journal_timeout_s
 
         async def attempt() -> tuple[GenerationReceipt, Grades]:
+            flight.call("replay", "", self._clock())
             member = await pool.wait_take(places)
             flight.enter("replay", self._clock())
+            flight.call("replay", member.name, flight.stage_since_s)
             try:
                 async with self._judge(pool, member, [flight]):
                     read, flight.generation = await member.caller.batch("generate", flight.ticket, timeout_s=timeout_s)
@@ -188,9 +193,13 @@ class Pipeline:
 
     async def grade(self, flight: Flight) -> Grades:
         began = self._clock()
-        grades, flight.grading = await self._attempts(
-            flight, DropReason.GRADING_FAILED, lambda: self._grade_calls.submit(flight)
-        )
+
+        async def attempt() -> tuple[Grades, Any]:
+            flight.call("grading", "", self._clock())
+            return await self._grade_calls.submit(flight)
+
+        grades, flight.grading = await self._attempts(flight, DropReason.GRADING_FAILED, attempt)
+        flight.answered("grading")
         self._span(flight, "grading", began)
         self.on_graded(flight, grades)
         return grades  # type: ignore[no-any-return]
@@ -198,14 +207,19 @@ class Pipeline:
     async def score(self, flight: Flight) -> None:
         """Scores the responses with the reference model; only where the run has reference actors."""
         began = self._clock()
-        _, flight.reference = await self._attempts(
-            flight, DropReason.REFERENCE_FAILED, lambda: self._score_calls.submit(flight)
-        )
+
+        async def attempt() -> tuple[None, Any]:
+            flight.call("reference", "", self._clock())
+            return await self._score_calls.submit(flight)
+
+        _, flight.reference = await self._attempts(flight, DropReason.REFERENCE_FAILED, attempt)
+        flight.answered("reference")
         self._span(flight, "reference", began)
 
     async def journal(self, flight: Flight) -> JournalReceipt:
         """Writes the joined rollouts to disk; returns when they are safe there."""
         flight.enter("journal", self._clock())
+        flight.call("journal", self._journal.name, flight.stage_since_s)
 
         async def attempt() -> JournalReceipt:
             columns = (flight.generation, flight.grading, flight.reference)
@@ -306,6 +320,8 @@ class Pipeline:
 
     async def _call_grading(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[Grades | StageError], Any]:
         problems = {f.ticket.prompt_id: f.problem for f in jobs}
+        for flight in jobs:
+            flight.call("grading", member.name, self._clock())
         async with self._judge(self.grading, member, jobs):
             receipt, batch = await member.caller.batch(
                 "grade",
@@ -320,6 +336,8 @@ class Pipeline:
 
     async def _call_reference(self, member: Member, jobs: Sequence[Flight]) -> tuple[list[None], Any]:
         assert self.reference is not None
+        for flight in jobs:
+            flight.call("reference", member.name, self._clock())
         async with self._judge(self.reference, member, jobs):
             _, batch = await member.caller.batch(
                 "score", *[f.generation for f in jobs], timeout_s=self._limits.reference_timeout_s

@@ -32,6 +32,8 @@ class Member:
     """Tickets that failed here since the last call that succeeded here."""
     successes_elsewhere: int = 0
     """What the pool had done when the first of them failed."""
+    loading: tuple[int, float] | None = None
+    """The version that it is being given, and since when (generation only)."""
     others: dict[str, int] = field(default_factory=dict)
     """Versions of the other weights that it holds, by name (generation only)."""
 
@@ -48,6 +50,7 @@ class Member:
             "busy": self.busy,
             "version": self.version,
             "step": self.step,
+            "loading": self.loading,
         }
 
 

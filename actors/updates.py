@@ -1,7 +1,8 @@
 """Keeps generation actors at the newest policy version, and the learner to its promise of publishing it."""
 
 import asyncio
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,8 +63,10 @@ class Updates:
         recorder: Recorder,
         outcome: Outcome,
         weights: str = POLICY_WEIGHTS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._versions = versions
+        self._clock = clock
         self._pipeline = pipeline
         self._weights = weights
         self._limits = limits
@@ -146,6 +149,7 @@ class Updates:
             if not all(gate.is_set() for gate in gates[member.behind :]):
                 continue
             target = self._versions.published
+            member.loading = (target.version, self._clock())
             try:
                 receipt: LoadReceipt = await member.caller.ask(
                     "pull", target.version, self._weights, timeout_s=self._limits.sync_timeout_s
@@ -158,6 +162,7 @@ class Updates:
                 await self._failed(member, target, failures, error)
                 continue
             failures = 0
+            member.loading = None
             self._set_version(member, receipt.version)
             self._recorder.load(member.name, receipt, self._weights)
             await pool.changed()

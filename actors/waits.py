@@ -66,3 +66,18 @@ class WaitReport:
     def add(self, shares: dict[str, float]) -> None:
         for stage, seconds in shares.items():
             self.learner_s[stage] += seconds
+
+
+@dataclass(slots=True)
+class Activity:
+    """What somebody does, and since when."""
+
+    clock: Callable[[], float]
+    what: str = "has not begun"
+    _since: float | None = field(default=None)
+
+    def begin(self, what: str) -> None:
+        self.what, self._since = what, self.clock()
+
+    def report(self) -> dict[str, object]:
+        return {"does": self.what, "since_s": None if self._since is None else self.clock() - self._since}

@@ -25,6 +25,7 @@ from deploy.remote.generation import ModelText
 from deploy.run_dir import RunDir
 from distrl.config import Config
 from distrl.graders.build import build_graders, describe
+from distrl.journal_file import read_table
 from distrl.models import load_model, load_tokenizer
 from distrl.schema import Role
 from distrl.seeding import Purpose
@@ -186,7 +187,7 @@ def record_journal(config: Config, directory: Path, batches: int) -> None:
 
 def read_journal(directory: Path) -> Iterator[Stages]:
     """The tickets of a journal, in order; their columns are joined already."""
-    tables = [pa.ipc.open_file(path.read_bytes()).read_all() for path in sorted(directory.glob("*.arrow"))]
+    tables = [read_table(path.read_bytes(), path) for path in sorted(directory.glob("*.arrow"))]
     table = pa.concat_tables(tables).sort_by([("ticket_id", "ascending"), ("group_index", "ascending")])
     ids = table.column("ticket_id").to_numpy()
     for ticket_id in np.unique(ids):

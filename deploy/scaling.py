@@ -75,6 +75,16 @@ def check_counts(config: Config, counts: Mapping[str, int]) -> None:
             f"--learners must be at most the rollouts of a step ({rollouts}), got {counts['learners']}; the others "
             "would have nothing to learn"
         )
+    if "generation" in counts and config.offline:
+        raise RefusedError(
+            f"--generation must be left out where replay.ratio is 1, got {counts['generation']}: the run samples "
+            "nothing for training, and these actors would have nothing to do"
+        )
+    if "grading" in counts and not config.samples:
+        raise RefusedError(
+            f"--grading must be left out where nothing is sampled (replay.ratio is 1 and generation.evaluation_actors "
+            f"is 0), got {counts['grading']}: recorded rewards are taken as they are"
+        )
     if "generation" in counts and config.placement.mode != "cpu":
         raise RefusedError(
             f"--generation must be left out where generation has GPUs (placement.mode={config.placement.mode}), got "

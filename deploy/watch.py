@@ -95,7 +95,8 @@ class Watch:
             self._seen = snapshot["records"][-1]["number"]
         self._metrics.update({**snapshot, "restarts": self._supervisor.restarts_by_stage()})
         self._progress.update(snapshot)
-        if warning := self._stall.look(snapshot, now):
+        where = {process.name: process.where for process in self._supervisor.processes()}
+        if warning := self._stall.look(snapshot, now, where):
             self._progress.line(warning)
         return snapshot
 

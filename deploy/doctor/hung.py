@@ -16,6 +16,8 @@ REMEDIES = {
     "grading": "the stack shows the grader's own code: give it a timeout, or lower grading.timeout_s; end the process "
     "to have its tickets graded again",
     "reference": "lower reference.tickets_per_call, or add reference.actors",
+    "replay": "look at the disk or the storage that holds the recording of replay.journal: a network file system that "
+    "does not answer; limits.journal_timeout_s bounds a read",
     "journal": "look at the disk of the run: full, read-only, or a network file system that does not answer",
     "learner": "if its stack is in backward or step, it trains: lower train.micro_batch_tokens if it swaps; if it "
     "waits in a collective, another worker is gone",

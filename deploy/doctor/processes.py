@@ -17,6 +17,7 @@ CLASSES = {
     "grading": "GradingActor",
     "reference": "ReferenceActor",
     "journal": "JournalActor",
+    "replay": "ReplayActor",
     "learner": "RayTrainWorker",
     "coordinator": "CoordinatorActor",
 }

@@ -18,8 +18,6 @@ from distrl.config_sections import LoraConfig
 from distrl.errors import DeadlineError, LostWeightsError
 from distrl.messages import Chunk, Content, Delivery, Layout, Manifest
 from distrl.models import load_tokenizer
-from distrl.objectives import build
-from distrl.objectives.upkeep import Mixture
 from distrl.prompts import PromptEncoder
 from distrl.tasks.problem import Message
 from distrl.tickets import POLICY_WEIGHTS
@@ -82,6 +80,10 @@ def engine_config(config: Config, weights: str) -> Config:
 
 def reference_shares(config: Config) -> dict[str, float]:
     """By the name of weights that are mixed with the reference while they sample, its share."""
+    # Imported here: whoever holds a handle imports this module, and needs no torch.
+    from distrl.objectives import build
+    from distrl.objectives.upkeep import Mixture
+
     upkeep = build(config.objective.recipe, **config.objective.options).upkeep
     return {name: kept.share for name, kept in upkeep.items() if isinstance(kept, Mixture)}
 

@@ -74,7 +74,10 @@ def evaluations_table(evaluations: pa.Table) -> Rows:
     return Rows(header, tuple(rows))
 
 
-def versions(oldest: int, newest: int) -> str:
+def versions(oldest: int | None, newest: int | None) -> str:
+    """Policy versions of this run; a replayed rollout has none."""
+    if oldest is None:
+        return "of another run"
     return str(oldest) if oldest == newest else f"{oldest} to {newest}"
 
 

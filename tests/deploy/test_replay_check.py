@@ -10,6 +10,7 @@ import pytest
 
 from deploy.check import check_run
 from deploy.explain import explain
+from deploy.report.tables import versions
 from deploy.run import wanted
 from deploy.run_dir import write_json
 from deploy.run_state import _process_start
@@ -259,3 +260,7 @@ def test_the_recorded_config_cannot_be_read(model: Path, recorded: Path) -> None
     assert refused(model, recorded) == (
         f"replay.journal: {recorded}/config.yaml must be a mapping of sections; restore it"
     )
+
+
+def test_a_page_says_of_a_replayed_rollout_that_its_versions_are_of_another_run() -> None:
+    assert [versions(None, None), versions(3, 3), versions(3, 5)] == ["of another run", "3", "3 to 5"]

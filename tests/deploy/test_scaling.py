@@ -82,6 +82,22 @@ def test_generation_that_has_gpus_is_refused_and_grading_is_not(tmp_path: Path) 
     )
 
 
+def test_an_offline_run_gets_nobody_who_would_have_nothing_to_do(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"run": {"dir": tmp_path}, "model": {"path": tmp_path}, "data": {"source": "sort_digits"}}
+    offline = make_config({**values, "replay": {"journal": str(tmp_path)}})
+    scaling.check_counts(offline, {"learners": 2})
+    assert refusal(RefusedError, lambda: scaling.check_counts(offline, {"generation": 2})) == (
+        "--generation must be left out where replay.ratio is 1, got 2: the run samples nothing for training, and these "
+        "actors would have nothing to do"
+    )
+    assert refusal(RefusedError, lambda: scaling.check_counts(offline, {"grading": 2})) == (
+        "--grading must be left out where nothing is sampled (replay.ratio is 1 and generation.evaluation_actors is "
+        "0), got 2: recorded rewards are taken as they are"
+    )
+    mixed = make_config({**values, "replay": {"journal": str(tmp_path), "ratio": 0.5}})
+    scaling.check_counts(mixed, {"generation": 2, "grading": 2})
+
+
 def test_a_run_that_does_not_run_is_refused(run_dir: RunDir) -> None:
     write_state(run_dir, RunState.STOPPED)
     message = refusal(RefusedError, lambda: scale_run(run_dir.path, {"grading": 2}, 1))

@@ -67,7 +67,7 @@ def test_a_run_that_loses_its_directory_goes_on_from_the_storage_to_the_same_wei
         architecture=TinyArchitecture(hidden_size=32, layers=2, heads=2, intermediate_size=64),
     )
     log, run = tmp_path / "log", tmp_path / "killed"
-    alone, killed = sigkill._config(tmp_path, "alone"), sigkill._config(tmp_path, "killed")
+    alone, killed = sigkill._config(tmp_path, "alone", {}), sigkill._config(tmp_path, "killed", {})
     values = yaml.safe_load(killed.read_text())
     killed.write_text(yaml.safe_dump({**values, "storage": {"uri": f"{address}"}}))
 

@@ -112,11 +112,11 @@ def _config(folder: Path, name: str, changes: Mapping[str, Any]) -> Path:
     return path
 
 
-def _start(command: str, argument: Path) -> "subprocess.Popen[bytes]":
+def _start(command: str, argument: Path, *options: str) -> "subprocess.Popen[bytes]":
     log = (argument.parent / "log").open("ab")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-c", "from deploy.cli import main; main()", command, str(argument)],
+            [sys.executable, "-c", "from deploy.cli import main; main()", command, str(argument), *options],
             stdout=log,
             stderr=log,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
