@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.calls import WorkerLostError
 from distrl.audit import Contract, audit
 from distrl.errors import RunError
 from distrl.schema import Role
@@ -96,6 +97,35 @@ def test_a_damaged_recording_ends_the_run_and_drops_nothing(tmp_path: Path) -> N
         f"replay.journal: {tmp_path}/recorded/journal/0.arrow must hold the rollouts of recorded "
     )
     assert message.endswith("; the file was damaged; put the file back as it was, then go on with distrl resume")
+
+
+class Dead:
+    """A caller whose process is gone."""
+
+    name = "replay-0"
+
+    async def batch(self, method: str, *args: object, timeout_s: float) -> tuple[object, object]:
+        raise WorkerLostError(f"{self.name}.{method}: the process is gone")
+
+    async def ask(self, method: str, *args: object, timeout_s: float) -> object:
+        raise WorkerLostError(f"{self.name}.{method}: the process is gone")
+
+
+def test_a_reader_that_died_is_told_to_the_supervisor_and_another_one_goes_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        system = offline(tmp_path, attempts=3)
+        (member,) = system.pipeline.own_pools[Role.REPLAY].members
+        living, member.caller = member.caller, Dead()
+        await system.coordinator.start()
+        await until(lambda: not system.pipeline.own_pools[Role.REPLAY].members)
+        assert (await system.coordinator.snapshot(-1))["lost"] == {"replay-0": "replay-0.generate: the process is gone"}
+        living.name = "replay-0.1"
+        await system.coordinator.join("replay", living, 8)
+        grants = [await system.learn(step) for step in (1, 2)]
+        assert [[t.ticket_id for t in grant.tickets] for grant in grants] == [[0, 1], [2, 3]]
+        assert system.ledger.drops() == {}
+
+    run(main())
 
 
 def test_a_mixed_step_waits_for_a_straggler_of_the_sampled_part_alone(tmp_path: Path) -> None:
