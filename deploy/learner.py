@@ -180,8 +180,8 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         publish=config.lora.publish,
         takes_turns=config.placement.mode == "turns" and t.device == "cuda",
         logp_check=LogpCheckSettings(
-            # What the fake engine records is no model's.
-            rollouts=0 if config.generation.engine == "fake" else t.logp_check_rollouts,
+            # What the fake engine records is no model's, and what another run recorded none of this run's.
+            rollouts=0 if config.generation.engine == "fake" or config.offline else t.logp_check_rollouts,
             bound=t.logp_mismatch_bound,
             max_staleness=t.max_staleness,
             update_mode=config.generation.update_mode,

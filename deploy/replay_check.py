@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,9 @@ def check_replay(
     problems = _recorded_problems(source, recording, task)
     vocabulary = vocabulary_size(config.model.path)
     encoder = PromptEncoder(load_tokenizer(config.model.path))
+    read = lru_cache(maxsize=1)(partial(_read, folder))  # neighbors are often in one file
     for recorded in _spread(recording.tickets):
-        rows = _rows(folder, recorded)
+        rows = _rows(folder, recorded, read(recorded.file, recorded.sha256))
         _check_rows(config, recorded, rows, describe(graders))
         prompt = encoder.encode(problems[recorded.prompt_id].prompt, problems[recorded.prompt_id].messages)
         _check_prompt(recorded, rows, prompt, vocabulary)
@@ -228,11 +230,15 @@ def _spread(tickets: Sequence[Recorded]) -> list[Recorded]:
     return [tickets[place] for place in sorted(places)]
 
 
-def _rows(folder: Folder, recorded: Recorded) -> pa.RecordBatch:
+def _read(folder: Folder, file: str, sha256: str) -> pa.Table:
     try:
-        rows = ticket_rows(read_verified(folder, recorded.file, recorded.sha256), recorded.ticket_id, recorded.redraw)
-    except (SchemaError, pa.ArrowInvalid) as error:
+        return read_verified(folder, file, sha256)
+    except SchemaError as error:
         raise ConfigError(f"replay.journal: {error}; put the file back as it was") from error
+
+
+def _rows(folder: Folder, recorded: Recorded, table: pa.Table) -> pa.RecordBatch:
+    rows = ticket_rows(table, recorded.ticket_id, recorded.redraw)
     if rows.num_rows != recorded.rollouts:
         raise ConfigError(
             f"replay.journal: {folder / recorded.file} must hold {recorded.rollouts} rollouts of recorded ticket "

@@ -154,4 +154,13 @@ def _settings(facts: Facts) -> tuple[tuple[str, str], ...]:
             f"{get('reference.actors')} reference",
         ),
         ("Seed", get("run.seed")),
+        *_replay(facts),
     )
+
+
+def _replay(facts: Facts) -> tuple[tuple[str, str], ...]:
+    """What part of every batch another run has recorded; nothing where none is."""
+    if not facts.setting("replay.journal"):
+        return ()
+    part = "all tickets" if facts.setting("replay.ratio") == 1 else f"{percent(facts.setting('replay.ratio'))} of them"
+    return (("Replayed", f"{part}, from {facts.setting('replay.journal')}; staleness and sampling are of the others"),)

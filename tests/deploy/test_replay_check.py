@@ -10,9 +10,10 @@ import pytest
 
 from deploy.check import check_run
 from deploy.explain import explain
+from deploy.learner import loop_settings
 from deploy.report.tables import versions
 from deploy.run import wanted
-from deploy.run_dir import write_json
+from deploy.run_dir import RunDir, write_json
 from deploy.run_state import _process_start
 from distrl.config import Config, make_config
 from distrl.errors import ConfigError
@@ -112,6 +113,14 @@ def test_an_offline_run_has_nobody_who_samples_or_grades(model: Path, recorded: 
     assert "samples   nothing: no generation and no grading actors" in lines
     with_reference = replaying(model, recorded, **{"objective.options": {"kl_coefficient": 0.1}})
     assert wanted(with_reference, check_run(with_reference)) == {"reference": 1, "replay": 1}
+
+
+def test_a_learner_keeps_old_weights_to_compare_with_only_where_something_is_sampled(
+    model: Path, recorded: Path
+) -> None:
+    run_dir = RunDir(recorded)
+    assert loop_settings(replaying(model, recorded), run_dir).logp_check.rollouts == 0
+    assert loop_settings(replaying(model, recorded, **{"replay.ratio": 0.5}), run_dir).logp_check.rollouts == 8
 
 
 def test_an_offline_run_evaluates_with_actors_of_its_own(model: Path, recorded: Path) -> None:

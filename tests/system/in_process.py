@@ -20,12 +20,15 @@ from actors.policy_store import PolicyStore
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.reference import Reference
+from actors.replay import Replay
+from actors.replays import Replays
 from actors.settings import CoordinatorSettings, Prompts
 from actors.updates import UpdateLimits
 from distrl.graders.limited import LimitedGrader
 from distrl.ledger import Ledger
 from distrl.manifest import cut, describe, lay_out
 from distrl.messages import BatchGrant, Content, Layout, Manifest, StepReport
+from distrl.recording import read_recording
 from distrl.rewards import Grade, Grader
 from distrl.sampling import SampleRequest, SamplingParams
 from distrl.schema import Role
@@ -145,7 +148,14 @@ def build(
     own_actors: Sequence[Role] = (),
     turns: bool = False,
     journal_in: Folder | None = None,
+    recorded: Path | None = None,
+    replays_per_step: int = 0,
+    epochs: int = 1,
 ) -> InProcessRun:
+    """
+    Args:
+        recorded: ledger of a run whose recording is replayed.
+    """
     store = PolicyStore(keep=2, put=lambda chunk: chunk)
 
     async def fetch(weights: str, version: int, have: Mapping[str, Content]) -> tuple[Manifest, Layout, Sequence[Any]]:
@@ -160,11 +170,15 @@ def build(
     for i, engine in enumerate(engines):
         worker = Generation(f"generation-{i}", {"policy": engine, **others}, Digits(), PARAMS, fetch)
         generation.add(LocalCaller(f"generation-{i}", worker), slots)
-    own_pools = {role: Pool(role) for role in own_actors}
+    own_pools: dict[Role, Pool] = {role: Pool(role) for role in own_actors}
     for role, pool in own_pools.items():
         engines.append(FakeEngine(vocabulary_size=11, gate=gate, fail=fail))
         worker = Generation(f"{role}-0", {weights_of(role): engines[-1]}, Digits(), PARAMS, fetch)
         pool.add(LocalCaller(f"{role}-0", worker), slots)
+    if recorded is not None:
+        own_pools[Role.REPLAY] = Pool("replay")
+        reader = Replay(Folder(recorded.parent / "journal"), vocabulary=100)
+        own_pools[Role.REPLAY].add(LocalCaller("replay-0", reader), 8)
     grading.add(LocalCaller("grading-0", Grading("test", _limited(grader), concurrency=8)), 8)
     scoring.add(LocalCaller("reference-0", Reference(_zero_logps)), 1)
     limits = PipelineLimits(
@@ -177,7 +191,7 @@ def build(
         seed=0,
         steps=steps,
         group_size=GROUP_SIZE,
-        admission=Admission(max_staleness, tickets_per_step),
+        admission=Admission(max_staleness, tickets_per_step - replays_per_step),
         on_stale=on_stale,
         updates=UpdateLimits(attempts=2, retry_delay_s=0.0, sync_timeout_s=10, publish_timeout_s=publish_timeout_s),
         ready_bytes=1 << 30,
@@ -188,10 +202,13 @@ def build(
         drop_abandoned=drop_abandoned,
         turns=turns,
         opponents="opponent" in other_weights or Role.OPPONENT in own_actors,
+        replays_per_step=replays_per_step,
     )
     heldout = [draw(9)]
     prompts = Prompts(draw, heldout, heldout)
-    coordinator = Coordinator(settings, ledger, prompts, pipeline, Recorder(None, _clock()), _clock())
+    replays = None if recorded is None else Replays(ledger, read_recording(recorded), epochs)
+    recorder = Recorder(None, _clock())
+    coordinator = Coordinator(settings, ledger, prompts, pipeline, recorder, _clock(), replays=replays)
     system = InProcessRun(coordinator, ledger, store, engines, pipeline)
     return system
 

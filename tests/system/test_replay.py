@@ -168,6 +168,7 @@ def test_the_rollouts_are_those_of_the_recording_and_are_shown(folder: Path) -> 
     recorded.close()
     page = write_report(RunDir(folder / "alone").path).page.read_text()
     assert "is left out" not in page
+    assert f"all tickets, from {folder}/recorded; staleness and sampling are of the others" in page
 
 
 def test_half_of_every_batch_is_replayed_also_after_a_sigkill(folder: Path) -> None:
