@@ -68,7 +68,9 @@ def test_every_rollout_has_the_mean_preference_against_its_tickets_opponents(tmp
 )
 def test_a_function_that_is_no_preference_ends_the_run_with_the_pair(tmp_path: Path, answer: float, cause: str) -> None:
     async def play() -> str:
-        made = system(tmp_path, opponents=1, prefer=lambda *_: answer, attempts=1, drops_in_a_row=0, tickets_per_step=1)
+        # One ticket at a time: of two, both may have failed before the first one's failure ends the run.
+        alone = {"tickets_per_step": 1, "max_staleness": 0}
+        made = system(tmp_path, opponents=1, prefer=lambda *_: answer, attempts=1, drops_in_a_row=0, **alone)
         await made.coordinator.start()
         with pytest.raises(RunError) as caught:
             await made.coordinator.next_batch(1)
