@@ -2,15 +2,17 @@
 
     python -m benchmarks.efficiency [--cells "1M x 8" ...] [--repetitions 3] [--directory runs/efficiency]
 
-For each cell (parameters x response tokens) four things are measured in turn, each in processes of its own with one
+For each cell (parameters x response tokens) five things are measured in turn, each in processes of its own with one
 torch thread a process, as in a run:
   generation alone: the engine with as many requests in flight as a run has, nothing else on the machine;
   learning alone: the trainer's steps on ready batches of the same shape, nothing else on the machine;
   an asynchronous run: `max_staleness` 2;
-  a synchronous run: `max_staleness` 0.
-The async efficiency is the asynchronous run's rollouts per second over the slower of the first two. Rates are from the
-fourth step to the last. The four alternate over the repetitions and medians count. A measurement that is in the
-directory already is not made again.
+  a synchronous run: `max_staleness` 0;
+  generation and learning at the same time, which know nothing of each other: what the two cores leave each other of
+  their caches, memory bandwidth and clock.
+The async efficiency is the asynchronous run's rollouts per second over the slower of the first two; over the slower of
+the last two it says what distrl itself costs. Rates are from the fourth step to the last. The five alternate over the
+repetitions and medians count. A measurement that is in the directory already is not made again.
 
 Prints a JSON line per measurement and one per cell with the ratios.
 """
@@ -18,6 +20,7 @@ Prints a JSON line per measurement and one per cell with the ratios.
 import argparse
 import asyncio
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -125,19 +128,34 @@ def learning_alone(cell: Cell, directory: Path) -> dict[str, Any]:
     return {"rollouts_per_s": steps * cell.rollouts_per_step / (times[-1] - times[WARMING_STEPS])}
 
 
+def together(cell: Cell, directory: Path) -> dict[str, Any]:
+    """The slower of generation alone and learning alone while the other is measured as well."""
+    command = [sys.executable, "-m", "benchmarks.efficiency", "--directory", str(directory), "--cells", cell.name]
+    both = [
+        subprocess.Popen([*command, "--only", what], stdout=subprocess.PIPE, text=True)
+        for what in ("generation", "learning")
+    ]
+    answers = [process.communicate()[0] for process in both]
+    if any(process.returncode for process in both):
+        raise SystemExit("generation and learning must end with status 0; what they said is above")
+    return {"rollouts_per_s": min(json.loads(answer.splitlines()[-1])["rollouts_per_s"] for answer in answers)}
+
+
 def measure(what: str, cell: Cell, directory: Path, name: str) -> dict[str, Any]:
     match what:
         case "generation":
             return asyncio.run(generation_alone(cell, directory))
         case "learning":
             return learning_alone(cell, directory)
+        case "together":
+            return together(cell, directory)
         case "asynchronous":
             return whole_run(cell, directory, name, 2)
         case _:
             return whole_run(cell, directory, name, 0)
 
 
-WHAT = ("generation", "learning", "asynchronous", "synchronous")
+WHAT = ("generation", "learning", "asynchronous", "synchronous", "together")
 
 
 def once(what: str, cell: Cell, directory: Path, repetition: int) -> dict[str, Any]:
@@ -145,6 +163,7 @@ def once(what: str, cell: Cell, directory: Path, repetition: int) -> dict[str, A
     name = f"{cell.name.replace(' ', '')}-{what}-{repetition}"
     kept = directory / f"{name}.json"
     if not kept.exists():
+        shutil.rmtree(directory / "runs" / name, ignore_errors=True)  # of a run that was interrupted
         command = [sys.executable, "-m", "benchmarks.efficiency", "--directory", str(directory)]
         command += ["--cells", cell.name, "--only", what, "--name", name]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -178,6 +197,7 @@ def main() -> None:
         ratios = {
             "async_efficiency": round(median["asynchronous"] / limit, 3),
             "slower_alone": "generation" if limit == median["generation"] else "learning",
+            "async_over_together": round(median["asynchronous"] / median["together"], 3),
             "async_over_sync": round(median["asynchronous"] / median["synchronous"], 3),
         }
         print(json.dumps({"cell": cell.name, **ratios}), flush=True)
