@@ -1,7 +1,7 @@
 """The learner's group while the run runs: how many workers it has, and how it gets another number of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.nodes import ClusterNode, learner_room
@@ -19,6 +19,13 @@ class Size:
     least: int
     most: int
     device: str
+    elastic: bool = field(init=False)
+    """For good, whatever is asked for later."""
+    _fewest: int = field(init=False)
+    """Of the config."""
+
+    def __post_init__(self) -> None:
+        self.elastic, self._fewest = self.least < self.most, self.least
 
     @classmethod
     def of(cls, train: TrainConfig) -> "Size":
@@ -26,12 +33,12 @@ class Size:
 
     def resize(self, workers: int) -> None:
         """Somebody asks for so many."""
-        self.least = workers if self.least == self.most else min(self.least, workers)
+        self.least = min(self._fewest, workers) if self.elastic else workers
         self.most = workers
 
     def among(self, nodes: Sequence[ClusterNode]) -> int:
         """Workers to start on these nodes; 0 where there is not room for the fewest of an elastic group."""
-        if self.least == self.most:
+        if not self.elastic:
             return self.most  # Ray waits for the room
         room = min(self.most, learner_room(nodes, self.device))
         return room if room >= self.least else 0
@@ -71,7 +78,6 @@ class LearnerWatch:
         self._failed = failed
         self._steps = steps
         self._wanted = size
-        self._elastic = size.least < size.most
         self._size = 0
         self._begins_s: float | None = None
         """When the next group begins, where there is none; by the caller's clock."""
@@ -118,7 +124,7 @@ class LearnerWatch:
 
     def _fail(self, now_s: float) -> None:
         error = self._group.error() or RunError("the learner failed")
-        if not self._elastic:
+        if not self._wanted.elastic:
             raise error
         self._left = self._where
         self._begins_s = now_s + self._failed(str(error))

@@ -261,3 +261,22 @@ def test_a_request_sets_the_most_of_an_elastic_group() -> None:
     system.look()
     system.leave()
     assert system.group.started == [2, 3]
+
+
+def test_a_group_is_elastic_still_after_requests() -> None:
+    system = System(workers=1, most=2, nodes=2)
+    for wanted in (1, 2):
+        system.watch.resize(wanted)
+        system.look()
+        system.leave()
+        system.sits()
+    assert system.group.started == [2, 1, 2]
+    system.nodes[1] = node("node-1", drains=True)
+    system.look()
+    assert system.leaves
+    system.leave()
+    assert system.group.started == [2, 1, 2, 1]
+    system.sits()
+    system.group.state, system.group.cause = GroupStatus.FAILED, RunError("the learner failed: it was killed")
+    system.look()
+    assert system.failures == ["the learner failed: it was killed"]  # which ends no run
