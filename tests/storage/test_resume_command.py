@@ -16,7 +16,7 @@ from distrl.tokenizer import character_tokenizer
 from tests.storage.test_run_in_storage import _wait_for_checkpoint
 from tests.system import sigkill
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 
 def test_a_run_whose_directory_is_lost_is_resumed_from_a_folder_and_finishes(tmp_path: Path) -> None:

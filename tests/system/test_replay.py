@@ -24,7 +24,7 @@ from distrl.tasks.sort_digits import ALPHABET
 from distrl.tokenizer import character_tokenizer
 from tests.system import sigkill
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 RECORDED = 24
 """Tickets of the recording."""
