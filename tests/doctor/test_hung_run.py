@@ -98,7 +98,7 @@ def test_a_stopped_grader_is_named_with_its_stack_and_goes_on_as_the_doctor_says
     lines = told.stdout.splitlines()
     assert lines[0] == "state   running"
     assert lines[1].startswith("waits   ticket ")
-    assert "is in grading for " in lines[1]
+    assert " is in grading at grading-0 for " in lines[1]
     assert "; nothing has moved for " in lines[1]
     assert lines[2].startswith(f"guilty  grading: {grader} (ray::GradingActor")
     assert lines[3] == (f"note    {grader}: it is stopped, by SIGSTOP or a debugger: kill -CONT {grader} lets it go on")
