@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from distrl.errors import RunError, StageError
-from distrl.journal_file import read_table
+from distrl.journal_file import read_verified, ticket_rows
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
@@ -86,16 +85,17 @@ class Journal:
         return await asyncio.shield(entry.written)
 
     @ray.method(num_returns=2)
-    async def read(self, path: str, sha256: str, ticket_id: int) -> tuple[int, pa.RecordBatch]:
-        """The rows of one ticket, from a file that is complete and unchanged.
+    async def read(self, path: str, sha256: str, ticket_id: int, redraw: int) -> tuple[int, pa.RecordBatch]:
+        """The rows of one draw of a ticket, from a file that is complete and unchanged.
 
         Returns:
             How many rows, and the joined rows.
         Raises:
-            StageError: the file is missing or damaged, or does not hold the ticket.
+            SchemaError: the file is missing, damaged, or of another format. StageError: it does not hold the ticket.
         """
         # By name: the run may have been moved since the ledger named the file.
-        rows = await asyncio.to_thread(_read_ticket, self._folder, PurePosixPath(path).name, sha256, ticket_id)
+        name = PurePosixPath(path).name
+        rows = await asyncio.to_thread(_read_ticket, self._folder, name, sha256, ticket_id, redraw)
         return rows.num_rows, rows
 
     def _flush(self) -> None:
@@ -167,17 +167,11 @@ def write_file(folder: Folder, name: str, batches: Sequence[pa.RecordBatch]) -> 
     return JournalReceipt(str(folder / name), digest, sum(b.num_rows for b in batches), data.size)
 
 
-def _read_ticket(folder: Folder, name: str, sha256: str, ticket_id: int) -> pa.RecordBatch:
-    path = folder / name
-    try:
-        data = folder.read(name)
-    except OSError as error:
-        raise StageError(f"journal file {path}: must be readable, the ledger names it: {cause(error)}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise StageError(f"journal file {path}: must have sha256 {sha256}, got {found}; the file was damaged")
-    table = read_table(data, path)
-    rows = table.filter(pc.equal(table["ticket_id"], ticket_id)).combine_chunks()
+def _read_ticket(folder: Folder, name: str, sha256: str, ticket_id: int, redraw: int) -> pa.RecordBatch:
+    rows = ticket_rows(read_verified(folder, name, sha256), ticket_id, redraw)
     if not rows.num_rows:
-        raise StageError(f"journal file {path}: must hold ticket {ticket_id}, the ledger says so; it does not")
-    return rows.to_batches()[0]
+        raise StageError(
+            f"journal file {folder / name}: must hold draw {redraw} of ticket {ticket_id}, the ledger says so; it does "
+            "not"
+        )
+    return rows

@@ -249,10 +249,9 @@ class Pipeline:
         Raises:
             DistrlError: the file is missing or damaged; nothing is sampled in its place without being told.
         """
-        ticket_id = flight.ticket.ticket_id
-        timeout_s = self._limits.journal_timeout_s
+        ticket, timeout_s = flight.ticket, self._limits.journal_timeout_s
         _, rows = await self._patiently(
-            lambda: self._journal.batch("read", path, sha256, ticket_id, timeout_s=timeout_s)
+            lambda: self._journal.batch("read", path, sha256, ticket.ticket_id, ticket.redraw, timeout_s=timeout_s)
         )
         flight.generation = flight.grading = rows
         flight.reference = rows if self.reference is not None else None

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pytest
 
 import actors.journal
-from actors.journal import Journal
-from distrl.errors import RunError, SchemaError
+from actors.journal import Journal, write_file
+from distrl.errors import RunError, SchemaError, StageError
 from distrl.messages import JournalReceipt
 from distrl.rollouts import join
 from distrl.schema import SCHEMAS, Stage
+from distrl.storage import Folder
 from tests.builders import generation_batch, grading_batch, reference_batch, refusal, run
 
 LATER_S = 1e6
@@ -195,6 +196,24 @@ def test_a_file_of_another_format_is_refused_by_name_and_number(tmp_path: Path, 
     path = tmp_path / "old.arrow"
     path.write_bytes(sink.getvalue())
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert refusal(SchemaError, lambda: run(Journal(tmp_path).read(str(path), sha256, 0))) == (
+    assert refusal(SchemaError, lambda: run(Journal(tmp_path).read(str(path), sha256, 0, 0))) == (
         f"journal file {path}: format must be 2, got {found}; use the distrl that wrote it"
+    )
+
+
+def test_of_two_draws_of_a_ticket_in_a_file_only_the_one_that_is_asked_for_is_read(tmp_path: Path) -> None:
+    first = join(*stages(0))
+    at = first.schema.names.index("redraw")
+    again = first.set_column(at, first.schema.field(at), pa.array([1, 1], type=first.schema.field(at).type))
+    written = write_file(Folder(tmp_path), "both.arrow", [first, again])
+
+    def read_draw(redraw: int) -> list[int]:
+        count, rows = run(Journal(tmp_path).read(written.path, written.sha256, 0, redraw))
+        assert count == rows.num_rows
+        found: list[int] = rows.column("redraw").to_pylist()
+        return found
+
+    assert (read_draw(0), read_draw(1)) == ([0, 0], [1, 1])
+    assert refusal(StageError, lambda: read_draw(2)) == (
+        f"journal file {tmp_path / 'both.arrow'}: must hold draw 2 of ticket 0, the ledger says so; it does not"
     )
