@@ -270,13 +270,13 @@ class Coordinator:
                 self._outcome.check()
                 if self._stopping:
                     break
-                if self._updates.refill_wanted:
+                if self._updates.refill_wanted and self._all_published:
                     break
                 await self._outcome.changed.wait()
                 self._learner.check(session)
         self._outcome.check()
         self._learner_waits_since = None
-        if (refill := self._updates.take_refill()) is not None:
+        if self._all_published and (refill := self._updates.take_refill()) is not None:
             return refill
         if self._stopping or self._learner.must_leave(session):
             self._learner.left = True
@@ -292,6 +292,12 @@ class Coordinator:
         tickets = [self._grant(flight) for flight in batch]
         self._dispatcher.issue()
         return BatchGrant(step, tuple(tickets))
+
+    @property
+    def _all_published(self) -> bool:
+        """Whether the published weights are those that the learner has: it may be publishing newer ones, which do in
+        place of those that were lost."""
+        return self._versions.published.step == self._step
 
     async def _grant_again(self, step: int) -> BatchGrant:
         granted = [flight for _, flight in sorted(self._dispatcher.flights.granted.items())]
@@ -381,7 +387,7 @@ class Coordinator:
             if report.skipped is not None:
                 self._recorder.event("skipped_step", report.skipped)
             self._recorder.step(report, rewards, list(staleness_by_ticket.values()), tokens)
-            self._learner_does.begin(f"publishes policy version {version}")
+            self._learner_does.begin(_publishes(version))
         return self._updates.expect(version)
 
     async def restored(self, step: int, session: int | None = None) -> int:
@@ -409,12 +415,24 @@ class Coordinator:
         self._learner_does.begin(f"publishes policy version {version} again")
         return self._updates.expect(version)
 
-    async def published(self, version: int, step: int, manifest_sha256: str, weights: str = POLICY_WEIGHTS) -> None:
+    async def published(
+        self,
+        version: int,
+        step: int,
+        manifest_sha256: str,
+        weights: str = POLICY_WEIGHTS,
+        session: int | None = None,
+    ) -> None:
         """The weights of `version` are in the policy store; generation actors are told to pull them.
+
+        The learner may have the next batch by now; what it trains on it, it tells after this.
 
         Args:
             weights: whose; an opponent's version is that of the policy at which it was made.
+        Raises:
+            RunError: another learner process has begun.
         """
+        self._learner.check(session)
         if weights != POLICY_WEIGHTS:
             if self._opponents.arrived(version):
                 self._opponent_weights.published = Version(version, None, step)
@@ -428,7 +446,9 @@ class Coordinator:
             await self._outcome.notify()
             return
         self._versions.publish(version, manifest_sha256)
-        self._learner_does.begin(f"has published policy version {version} and asks for no batch, or makes a checkpoint")
+        self._learner_does.end(
+            _publishes(version), f"has published policy version {version} and asks for no batch, or makes a checkpoint"
+        )
         self._dispatcher.flights.release()
         every = self._settings.evaluate_every_steps
         if self._resumed and self._settings.opponents and not self._dispatcher.first_opponent:
@@ -512,6 +532,11 @@ class Coordinator:
             "generated_tokens": self._pipeline.generated_tokens,
             "retries": dict(self._pipeline.retries),
             "learner": {**self._learner.report(), **self._learner_does.report()},
+            "publishing": self._updates.report(),
             "started": self._started,
             "resumed": self._versions.has_past,
         }
+
+
+def _publishes(version: int) -> str:
+    return f"publishes policy version {version}"

@@ -76,6 +76,7 @@ class Updates:
         self.paused = False
         """While the learner is not heard of, after a restart of the coordinator or of itself: nobody loads anything."""
         self._publication: asyncio.Task[Any] | None = None
+        self._publishing: tuple[int, float] | None = None  # version, and since when
         self._refill_wanted: Version | None = None
         self._refills = 0
 
@@ -85,6 +86,7 @@ class Updates:
         """From here on the learner has `limits.publish_timeout_s` to publish a version; returns it."""
         self.expect_nothing()
         self._publication = asyncio.get_running_loop().create_task(self._is_late(version))
+        self._publishing = (version, self._clock())
         return version
 
     def expect_nothing(self) -> None:
@@ -92,6 +94,14 @@ class Updates:
         if self._publication is not None:
             self._publication.cancel()
             self._publication = None
+        self._publishing = None
+
+    def report(self) -> dict[str, Any] | None:
+        """The version that the learner is publishing; None where it is not."""
+        if self._publishing is None:
+            return None
+        version, since = self._publishing
+        return {"version": version, "since_s": self._clock() - since}
 
     async def _is_late(self, version: int) -> None:
         timeout_s = self._limits.publish_timeout_s

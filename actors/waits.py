@@ -79,5 +79,10 @@ class Activity:
     def begin(self, what: str) -> None:
         self.what, self._since = what, self.clock()
 
+    def end(self, what: str, then: str) -> None:
+        """`what` has ended; nothing changes where something else has begun meanwhile."""
+        if self.what == what:
+            self.begin(then)
+
     def report(self) -> dict[str, object]:
         return {"does": self.what, "since_s": None if self._since is None else self.clock() - self._since}

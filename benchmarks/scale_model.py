@@ -16,6 +16,8 @@ FLOPS = 989e12
 BANDWIDTH_SHARE = 0.6
 FLOPS_SHARE = 0.35
 """Assumed: what decoding reaches of the bandwidth, and training of the arithmetic."""
+COPY_BYTES_PER_S = 10e9
+"""Assumed: from a GPU into main memory that is not pinned."""
 TRAIN_FLOPS_PER_PARAMETER = 8
 """Forward and backward pass (6) and one more forward pass."""
 
@@ -79,8 +81,13 @@ class Cluster:
         flops = tokens * TRAIN_FLOPS_PER_PARAMETER * self.parameters
         return flops / (self.learner_gpus * FLOPS * FLOPS_SHARE)
 
+    @property
+    def copy_s(self) -> float:
+        """Of the weights, between two steps; what is published beside the next one."""
+        return self.weight_bytes / (self.publishers * COPY_BYTES_PER_S)
+
     def publish_s(self, costs: Costs) -> float:
-        """The learner publishes between two steps."""
+        """Of the copies, beside the next step."""
         return self.weight_bytes / (self.publishers * costs.publish_bytes_per_s)
 
     def journal_s(self, costs: Costs) -> float:
@@ -97,15 +104,18 @@ class Cluster:
 
 def bounds(cluster: Cluster, costs: Costs) -> dict[str, float]:
     """Tickets a second that each part can do."""
-    step_s = cluster.learn_s + cluster.publish_s(costs)
-    life_s = cluster.longest_s() + cluster.journal_s(costs) + step_s
+    step_s = cluster.learn_s + cluster.copy_s
+    publication_s = cluster.copy_s + cluster.publish_s(costs)  # one at a time
+    life_s = cluster.longest_s() + cluster.journal_s(costs) + step_s + cluster.publish_s(costs)
     return {
         "generation": cluster.replicas * cluster.slots / (cluster.group * cluster.mean_tokens * cluster.decode_step_s),
         "learning alone": cluster.tickets_per_step / cluster.learn_s,
-        "learning and publishing": cluster.tickets_per_step / step_s,
+        "learning": cluster.tickets_per_step / step_s,
+        "publishing": cluster.tickets_per_step / publication_s,
         "coordinator": 1 / costs.ticket_s,
         "journal": cluster.journals / cluster.journal_s(costs),
-        # A ticket is under way from its issue to the end of its step, `max_staleness` + 1 batches may be at a time, and
-        # while a batch fills, its tickets wait for half of that on average. Not for 0: those batches are issued whole.
+        # A ticket is under way from its issue to the publication of its step, `max_staleness` + 1 batches may be at a
+        # time, and while a batch fills, its tickets wait for half of that on average. Not for 0: those batches are
+        # issued whole.
         "staleness": (cluster.max_staleness + 0.5) * cluster.tickets_per_step / life_s,
     }

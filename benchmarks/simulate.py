@@ -129,12 +129,20 @@ class Simulation:
 
     def _learn(self) -> Generator[simpy.Event, Any, None]:
         cluster = self.cluster
+        publication: simpy.Event = self._env.timeout(0)
         for _ in range(self.steps):
             yield self._ready.get(cluster.tickets_per_step)
-            yield self._env.timeout(cluster.learn_s + cluster.publish_s(self.costs))
+            yield self._env.timeout(cluster.learn_s)
+            yield publication
+            yield self._env.timeout(cluster.copy_s)
             self.step_ends.append(self._env.now)
-            for _ in range(cluster.tickets_per_step):
-                self._env.process(self._ticket())
+            publication = self._env.process(self._publish())
+
+    def _publish(self) -> Generator[simpy.Event, Any, None]:
+        """Beside the next step; what it releases may be issued when it has ended."""
+        yield self._env.timeout(self.cluster.publish_s(self.costs))
+        for _ in range(self.cluster.tickets_per_step):
+            self._env.process(self._ticket())
 
 
 def lifted(cluster: Cluster, costs: Costs) -> Cluster:

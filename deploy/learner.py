@@ -27,6 +27,9 @@ from learners.world import World
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHECK_S = 1.0
+"""Seconds between two looks at a publication while a batch is waited for."""
+
 OUTAGE_POLL_S = 0.2
 """Seconds between two calls to a process that is being started again."""
 
@@ -38,7 +41,7 @@ class RayLink:
     again, for limits.outage_s at most: all of them may be told twice.
 
     Waiting for a batch has no deadline: how long sampling may take is bounded by the stages' own timeouts, and the
-    coordinator's answer ends when the run fails.
+    coordinator's answer ends when the run fails. A publication may be under way in another thread meanwhile.
     """
 
     def __init__(
@@ -77,11 +80,17 @@ class RayLink:
         """The run cannot go on with this learner or another one."""
         self._get(lambda: self._coordinator.learner_failed.remote(cause, self._session or None), "learner_failed")
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int | None]] | PublishAgain | None:
+    def next_batch(
+        self, step: int, check: Callable[[], None]
+    ) -> tuple[Sequence[Stages], Mapping[int, int | None]] | PublishAgain | None:
+        def ask() -> Any:
+            asked = self._coordinator.next_batch.remote(step, self._session)
+            while not ray.wait([asked], timeout=CHECK_S)[0]:
+                check()
+            return asked
+
         while True:
-            grant: BatchGrant | PublishAgain | None = self._get(
-                lambda: self._coordinator.next_batch.remote(step, self._session), "next_batch", None
-            )
+            grant: BatchGrant | PublishAgain | None = self._get(ask, "next_batch", None)
             if grant is None or isinstance(grant, PublishAgain):
                 return grant
             try:
@@ -111,7 +120,7 @@ class RayLink:
             self._offering.publish(manifest, tensors, again=again)
         self._get(
             lambda: self._coordinator.published.remote(
-                manifest.version, manifest.step, manifest.sha256, manifest.weights
+                manifest.version, manifest.step, manifest.sha256, manifest.weights, self._session
             ),
             f"published, of {manifest.weights} version {manifest.version},",
         )
@@ -178,6 +187,8 @@ def loop_settings(config: Config, run_dir: RunDir) -> LoopSettings:
         parallel=ParallelSettings(t.parallel, getattr(torch, t.dtype), t.activation_checkpointing),
         skipped_in_a_row=config.limits.skipped_steps_in_a_row,
         publish=config.lora.publish,
+        # With a bound of 0 the next batch is sampled from these weights; a run that only replays waits for nobody.
+        publish_beside=t.max_staleness > 0 or config.offline,
         takes_turns=config.placement.mode == "turns" and t.device == "cuda",
         logp_check=LogpCheckSettings(
             # What the fake engine records is no model's, and what another run recorded none of this run's.

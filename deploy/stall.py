@@ -56,6 +56,8 @@ def where(snapshot: Mapping[str, Any], processes: Mapping[str, Whereabouts | Non
     learner = snapshot.get("learner") or {}
     if snapshot["granted"] or not snapshot["learner_waiting"]:
         return _learner(learner, snapshot)
+    if (publishing := snapshot.get("publishing")) is not None:
+        return f"{_learner_name(learner)} publishes policy version {publishing['version']}{_since(publishing)}"
     if (evaluating := snapshot.get("evaluating")) is not None and evaluating["calls"]:
         problem = f"the evaluation {evaluating['name']!r} waits: its problem {evaluating['problem']}"
         return f"{problem} {_in_stages(evaluating['calls'], known)}"
@@ -88,8 +90,7 @@ def _process(name: str, processes: Mapping[str, Whereabouts | None]) -> str:
 
 
 def _learner(learner: Mapping[str, Any], snapshot: Mapping[str, Any]) -> str:
-    found = learner.get("where")
-    name = "the learner" if found is None else f"the learner (process {found.pid} on {found.host})"
+    name = _learner_name(learner)
     if "does" in learner:
         return f"{name} {learner['does']}{_since(learner)}"
     if snapshot["granted"]:
@@ -97,5 +98,10 @@ def _learner(learner: Mapping[str, Any], snapshot: Mapping[str, Any]) -> str:
     return f"{name} has not asked for a batch yet"
 
 
-def _since(learner: Mapping[str, Any]) -> str:
-    return "" if learner.get("since_s") is None else f", for {learner['since_s']:.0f} s"
+def _learner_name(learner: Mapping[str, Any]) -> str:
+    found = learner.get("where")
+    return "the learner" if found is None else f"the learner (process {found.pid} on {found.host})"
+
+
+def _since(activity: Mapping[str, Any]) -> str:
+    return "" if activity.get("since_s") is None else f", for {activity['since_s']:.0f} s"

@@ -229,7 +229,8 @@ class StepReport:
     train_s: float
     """Seconds from receiving the batch to the new weights."""
     last_publish_s: float
-    """Seconds that the step before took to publish its weights and to checkpoint."""
+    """Seconds that the step before took after its new weights were there: to copy or publish them, to wait for the
+    publication before, and to checkpoint. What is published beside the next step is not in it."""
     metrics: Mapping[str, float]
     skipped: str | None = None
     """Why the step left the weights as they were, where it did; names its tickets."""

@@ -50,6 +50,8 @@ class LoopSettings:
     parallel: ParallelSettings = ParallelSettings()  # noqa: RUF009  (frozen)
     skipped_in_a_row: int = 3
     publish: Publish = "merged"
+    publish_beside: bool = False
+    """Whether the next step is trained while weights are published; it cannot be where it waits for them."""
     takes_turns: bool = False
     """Is on its device only where `Trainer.on_device` says."""
     storage: Folder | None = None
@@ -261,15 +263,19 @@ class Trainer:
 
     # Weights ------------------------------------------------------------------------------------------------------
 
-    def policy_tensors(self) -> dict[str, Tensor]:
-        """The weights to publish, or their adapters, whole, on the first worker; every worker calls it."""
+    def policy_tensors(self, *, kept: bool = False) -> dict[str, Tensor]:
+        """The weights to publish, or their adapters, whole, on the first worker; every worker calls it.
+
+        Args:
+            kept: copies in main memory, which stay as they are while the model is trained.
+        """
         gathered = whole_adapters if self._settings.publish == "adapter" else whole_tensors
-        return gathered(self._model, self._world.first)
+        return gathered(self._model, self._world.first, kept=kept)
 
     def opponent_tensors(self) -> dict[str, Tensor]:
-        """The opponents' weights, as `policy_tensors`."""
+        """The opponents' weights, as `policy_tensors`, kept."""
         with self.anchors.in_place_of_the_policy(OPPONENT):
-            return {name: tensor.clone() for name, tensor in self.policy_tensors().items()}
+            return self.policy_tensors(kept=True)
 
     def begin_checkpoint(self, state: TrainState) -> None:
         """Starts to write a checkpoint; see `CheckpointWriter.begin`."""

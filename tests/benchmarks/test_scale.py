@@ -39,8 +39,8 @@ def test_the_coordinators_benchmark_trains_what_it_was_asked_for(tmp_path: Path)
     ("part", "cluster", "costs"),
     [
         ("generation", replace(SMALL, gpus=5, slots=8), COSTS),
-        ("learning and publishing", replace(SMALL, learner_gpus=1, gpus=8), COSTS),
-        ("learning and publishing", SMALL, replace(COSTS, publish_bytes_per_s=2e7)),
+        ("learning", replace(SMALL, learner_gpus=1, gpus=8), replace(COSTS, publish_bytes_per_s=1e10)),
+        ("publishing", SMALL, replace(COSTS, publish_bytes_per_s=2e7)),
         ("coordinator", SMALL, replace(COSTS, ticket_s=0.05)),
         ("staleness", replace(SMALL, slots=256, mean_tokens=5000, learner_gpus=7, max_staleness=1), COSTS),
         ("journal", SMALL, replace(COSTS, journal_bytes_per_s=3e5)),

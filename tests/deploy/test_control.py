@@ -147,9 +147,10 @@ def test_status_tells_tickets_and_checkpoint_of_a_run_without_steps(run_dir: Run
 
 
 def test_the_first_interrupt_asks_and_the_second_ends() -> None:
+    before = signal.getsignal(signal.SIGINT)
     with stop_on_interrupt() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

@@ -103,6 +103,11 @@ def test_a_learner_that_does_something_is_told_with_what_and_since_when(granted:
     assert told(seen) == f"no progress for 61 s: the learner (process 60 on head) {does}, for 61 s"
 
 
+def test_a_publication_that_everybody_waits_for() -> None:
+    seen = snapshot(publishing={"version": 5, "since_s": 61.0})
+    assert told(seen) == ("no progress for 61 s: the learner (process 60 on head) publishes policy version 5, for 61 s")
+
+
 def test_a_learner_that_never_came_has_no_process() -> None:
     nobody = {"where": None, "does": "has not begun", "since_s": None}
     seen = snapshot(learner_waiting=False, learner=nobody)

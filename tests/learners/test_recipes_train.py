@@ -1,7 +1,7 @@
 """Every recipe whose columns a run produces goes through the real training loop, with a real model and engine."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class LocalLink:
         self.rewards: list[float] = []
         self.checkpoints: list[int] = []
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
+    def next_batch(self, step: int, check: Callable[[], None]) -> tuple[Sequence[Stages], Mapping[int, int]]:
         sampled = asyncio.run(self._sample(step))
         tickets = [self._stages(step * TICKETS + i, samples) for i, samples in enumerate(sampled)]
         rewards = [r for _, grading, _ in tickets for r in grading.column("reward").to_pylist()]

@@ -46,7 +46,7 @@ class FixedLink:
     weights: dict[str, Tensor] = field(default_factory=dict)
     checkpoints: list[Path] = field(default_factory=list)
 
-    def next_batch(self, step: int) -> tuple[Sequence[Stages], Mapping[int, int]]:
+    def next_batch(self, step: int, check: Callable[[], None]) -> tuple[Sequence[Stages], Mapping[int, int]]:
         return tickets(step), {step * len(GROUPS) + i: 0 for i in range(len(GROUPS))}
 
     def trained(self, report: StepReport, staleness: Mapping[int, int]) -> int:

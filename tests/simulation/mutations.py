@@ -89,11 +89,11 @@ MUTATIONS = (
         0,
     ),
     Mutation("a ticket is drawn again without end", Dispatcher, "_redraw", "ticket.redraw < limit", "True", 190),
-    Mutation("what was sampled before a redraw still counts", Dispatcher, "_redraw", "flight.abort()", "pass", 0),
+    Mutation("what was sampled before a redraw still counts", Dispatcher, "_redraw", "flight.abort()", "pass", 60),
     Mutation(
         "rollouts of weights that were left are trained", Dispatcher, "_return_abandoned", "if f.ready", "if False", 250
     ),
-    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 0),
+    Mutation("a ticket that comes twice is written twice", Journal, "append", "in self._waiting:", "in ():", 60),
     Mutation("a granted ticket may be granted again", Flights, "grant", "self.remove(flight)", "pass", 0),
     Mutation(
         "a drop is not recorded",

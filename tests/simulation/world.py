@@ -335,7 +335,7 @@ class World:
         return delivery.manifest, delivery.layout, delivery.chunks
 
     async def learn(self) -> None:
-        """What the learner's process does, from the last checkpoint to the end or to a stop."""
+        """What the learner's process does, from the last checkpoint to the end or to a stop: `learners.loop.train`."""
         last = self.ledger.last_checkpoint()
         step, weight, version = 0, 0, 0
         if last is not None:
@@ -343,6 +343,7 @@ class World:
             version = await self._tell(self.coordinator.restored, step)
             await self._publish(version, step, weight)
         saved = step
+        publication: asyncio.Task[None] | None = None
         while step < self.schedule.steps:
             grant = await self._tell(self.coordinator.next_batch, step + 1)
             if not isinstance(grant, BatchGrant):
@@ -351,10 +352,17 @@ class World:
             step = grant.step
             report = StepReport(step, 0.0, 0.0, 0.0, {"loss": 0.0})
             ages = {t.ticket_id: t.staleness for t in grant.tickets}
+            if publication is not None:
+                await publication
             version = await self._tell(self.coordinator.trained, report, ages)
-            await self._publish(version, step, weight)
-            if step % self.schedule.checkpoint_every == 0:
+            publication = self.spawn(self._publish(version, step, weight))
+            saves = step % self.schedule.checkpoint_every == 0
+            if saves or not self.schedule.max_staleness:
+                await publication
+            if saves:
                 saved = await self._save(step, version, weight)
+        if publication is not None:
+            await publication
         if saved < step:
             await self._save(step, version, weight)
 

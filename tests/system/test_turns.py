@@ -1,7 +1,7 @@
 """Generation and learner take turns on one device: never both at once, and nothing is lost at a change."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,7 @@ class Bridge:
     def _ask(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
 
-    def next_batch(self, step: int) -> Any:
+    def next_batch(self, step: int, check: Callable[[], None]) -> Any:
         grant = self._ask(self.system.coordinator.next_batch(step))
         if not isinstance(grant, BatchGrant):
             return grant

@@ -24,13 +24,14 @@ from actors.pipeline import Pipeline, PipelineLimits
 from actors.pool import Pool
 from actors.recorder import Recorder
 from actors.updates import Unversioned, UpdateLimits, Updates
+from deploy.learner import RayLink
 from deploy.publisher import Publisher
 from deploy.remote.generation import GenerationActor
 from deploy.remote.policy_store import PolicyStoreActor
 from deploy.run import run_training
 from deploy.start import start_ray
 from distrl.config import Config, make_config
-from distrl.errors import DeadlineError, DistrlError, LostWeightsError
+from distrl.errors import DeadlineError, DistrlError, LostWeightsError, PolicyError
 from distrl.manifest import describe
 from distrl.messages import Content, Delivery, LoadReceipt
 from distrl.models import TinyArchitecture, load_model, make_tiny_model
@@ -372,6 +373,24 @@ def test_a_store_that_is_killed_comes_back_empty_and_is_filled_again_by_the_lear
     receipt: LoadReceipt = get(sampler.pull.remote(7))
     # It had version 5, of which one tensor differs: what it has does not move, whoever lost it.
     assert (receipt.version, receipt.moved_tensors) == (7, 1)
+
+
+class Silent:
+    """A coordinator that has no batch."""
+
+    async def next_batch(self, step: int, session: int) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.usefixtures("setting")
+def test_a_wait_for_a_batch_ends_with_what_happened_to_a_publication_meanwhile() -> None:
+    link = RayLink(_actor(Silent), None, DEADLINE_S, DEADLINE_S)
+
+    def check() -> None:
+        raise PolicyError("policy version 1 is refused")
+
+    with pytest.raises(PolicyError, match=r"^policy version 1 is refused$"):
+        link.next_batch(2, check)
 
 
 def test_a_run_whose_store_dies_before_anybody_has_the_new_weights_goes_on(

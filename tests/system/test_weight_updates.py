@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from actors.policy_store import PolicyStore
-from distrl.errors import DeadlineError
-from distrl.messages import BatchGrant, PublishAgain
+from distrl.errors import DeadlineError, RunError
+from distrl.messages import BatchGrant, PublishAgain, Whereabouts
 from distrl.sampling import LoadReport, SampleRequest
 from tests.system.in_process import InProcessRun, build, ticket_of, until
 
@@ -56,6 +56,79 @@ def test_a_store_that_lost_everything_is_filled_again_by_the_learner(tmp_path: P
             "the store, which has none; pull the newest"
         ]
         assert len(system.ledger.versions()) == 2  # filling the store makes no version
+
+    run(scenario())
+
+
+def test_a_batch_is_granted_before_the_last_step_is_published_and_counts_as_a_step_staler(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=3, tickets_per_step=2, max_staleness=1)
+        await system.coordinator.start()
+        first = await system.coordinator.next_batch(1)
+        assert isinstance(first, BatchGrant)
+        version = await system.report(first)
+        second = await system.coordinator.next_batch(2)
+        assert isinstance(second, BatchGrant)
+        assert [t.staleness for t in (*first.tickets, *second.tickets)] == [0, 0, 1, 1]
+        seen = await system.coordinator.snapshot(-1)
+        assert (seen["publishing"]["version"], seen["granted"], seen["step"]) == (1, 2, 0)
+        assert seen["learner"]["does"] == "trains step 2 on 2 tickets"
+        await system.publish(version, 1)
+        seen = await system.coordinator.snapshot(-1)
+        # It trains on: what it had been given is still in its hands.
+        assert (seen["publishing"], seen["granted"], seen["step"]) == (None, 2, 1)
+        assert seen["learner"]["does"] == "trains step 2 on 2 tickets"
+        await system.finish_step(second)
+        assert {v.version: v.parent for v in system.ledger.versions().values()} == {0: None, 1: 0, 2: 1}
+        assert [t.staleness for t in (await system.learn(3)).tickets] in ([0, 0], [1, 1])
+
+    run(scenario())
+
+
+def test_a_learner_that_publishes_newer_weights_is_not_asked_for_lost_ones(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=4, tickets_per_step=2, max_staleness=1)
+        may_be_lost = asyncio.Event()
+
+        async def lose(version: int) -> None:
+            if version == 1:
+                await may_be_lost.wait()
+                forget(system.store)
+
+        system.before_fetch = lose
+        await system.coordinator.start()
+        await system.learn(1)
+        second = await system.coordinator.next_batch(2)
+        assert isinstance(second, BatchGrant)
+        version = await system.report(second)
+        may_be_lost.set()
+        await until(lambda: system.coordinator._updates.refill_wanted)
+        # It has the weights of step 2 now, and those of step 1 are the ones that were lost.
+        asked = asyncio.create_task(system.coordinator.next_batch(3))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not asked.done()
+        await system.publish(version, 2)
+        third = await asked
+        assert isinstance(third, BatchGrant)
+        assert not system.coordinator._updates.refill_wanted
+
+    run(scenario())
+
+
+def test_a_publication_of_a_learner_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        system = build(tmp_path, steps=3, tickets_per_step=2)
+        await system.coordinator.start()
+        old = (await system.coordinator.learner_begins(Whereabouts(1, "here", "", 1))).session
+        await system.learn(1)
+        await system.coordinator.learner_begins(Whereabouts(2, "here", "", 2))
+        with pytest.raises(RunError) as caught:
+            await system.coordinator.published(2, 2, "0" * 64, session=old)
+        assert str(caught.value) == "this learner process was replaced by another one and must end"
+        assert system.coordinator._versions.published.version == 1
 
     run(scenario())
 
