@@ -96,13 +96,14 @@ bench: $(READY) $(TRL_READY) ## All benchmarks; JSON lines, most of an hour
 	@$(BIN)/python -m benchmarks.coordinator
 	@$(BIN)/python -m benchmarks.data_plane
 	@$(BIN)/python -m benchmarks.simulate
-	@$(BIN)/python -m benchmarks.generation
-	@$(BIN)/python -m benchmarks.weight_sync
-	@$(BIN)/python -m benchmarks.learner
-	@$(BIN)/python -m benchmarks.recovery
+	@$(BIN)/python -m benchmarks.generation --repetitions 3
+	@$(BIN)/python -m benchmarks.weight_sync --repetitions 3
+	@$(BIN)/python -m benchmarks.learner --repetitions 1
+	@$(BIN)/python -m benchmarks.recovery --repetitions 1
 	@$(BIN)/python -m benchmarks.latency_hiding --repetitions 2 --steps 14
 	@$(BIN)/python -m benchmarks.efficiency --repetitions 1
-	@$(BIN)/python -m benchmarks.against_trl --trl $(TRL_VENV)/bin/python --repetitions 1 --race
+	@$(BIN)/python -m benchmarks.against_trl --trl $(TRL_VENV)/bin/python --repetitions 1
+	@$(BIN)/python -m benchmarks.race --trl $(TRL_VENV)/bin/python --repetitions 1
 
 study: $(READY) ## Train topr, tis, grpo and rloo with three seeds each, a quarter of an hour
 	@$(BIN)/python -m benchmarks.study

@@ -441,11 +441,14 @@ class Coordinator:
             await self._outcome.notify()
             return
         await self._outcome.wait_for(self._recovered)
+        publishing = self._updates.report()
         if not self._updates.arrived(version):
             await self._hear_of_learner()
             await self._outcome.notify()
             return
         self._versions.publish(version, manifest_sha256)
+        if publishing is not None:  # an earlier process of the coordinator may have been told of the step
+            self._recorder.published(version, step, publishing["since_s"])
         self._learner_does.end(
             _publishes(version), f"has published policy version {version} and asks for no batch, or makes a checkpoint"
         )

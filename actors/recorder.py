@@ -71,6 +71,10 @@ class Recorder:
     def evaluation(self, row: dict[str, object]) -> None:
         self._add({"kind": "evaluation", **row})
 
+    def published(self, version: int, step: int, publish_s: float) -> None:
+        """A version of the policy is in the policy store, so long after its step was trained."""
+        self._add({"kind": "published", "version": version, "step": step, "publish_s": publish_s})
+
     def load(self, actor: str, receipt: LoadReceipt, weights: str = POLICY_WEIGHTS) -> None:
         self._add({"kind": "load", "actor": actor, "weights": weights, **asdict(receipt)})
         if receipt.fallback is not None:

@@ -1,7 +1,7 @@
 """One GRPO run of TRL, for `benchmarks.against_trl`; runs in an environment that has TRL and not distrl.
 
-Usage: python trl_run.py '{"model": ..., "data": ..., ...}'. Prints a JSON line with the time of every step, and
-the held-out accuracy after those that are evaluated.
+Usage: python trl_run.py '{"model": ..., "data": ..., ...}'. Prints a JSON line with the time of every step. Every
+`save_every` steps, where that is not 0, it writes the model to `output`/step-N.
 """
 
 import json
@@ -27,34 +27,26 @@ def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
 
 
 class Times(TrainerCallback):
-    """Notes when every step ended and, every so many steps, the held-out accuracy; measuring does not count as time."""
+    """Notes when every step ended; writing a model does not count as time."""
 
     def __init__(self, job: dict[str, Any], tokenizer: Any) -> None:
         self.times: list[float] = []
-        self.accuracies: list[tuple[float, float]] = []
         self._job = job
         self._tokenizer = tokenizer
         self._began = time.perf_counter()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.times.append(time.perf_counter() - self._began)
-        every = self._job["evaluate_every"]
+        every = self._job["save_every"]
         if every and state.global_step % every == 0:
             paused = time.perf_counter()
-            self.accuracies.append((self.times[-1], self._accuracy(model)))
+            directory = Path(self._job["output"]) / f"step-{state.global_step}"
+            model.save_pretrained(directory)
+            self._tokenizer.save_pretrained(directory)
             self._began += time.perf_counter() - paused
-            control.should_training_stop = self.accuracies[-1][1] >= self._job["target"]
-
-    @torch.no_grad()
-    def _accuracy(self, model: Any) -> float:
-        rows = [json.loads(line) for line in Path(self._job["heldout"]).read_text().splitlines()]
-        prompts = self._tokenizer([r["prompt"] for r in rows], return_tensors="pt", padding=True, padding_side="left")
-        was_training = model.training
-        model.eval()
-        out = model.generate(**prompts, max_new_tokens=self._job["response_tokens"], do_sample=True, top_k=0)
-        model.train(was_training)
-        texts = self._tokenizer.batch_decode(out[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        return sum(t == r["answer"] for t, r in zip(texts, rows, strict=True)) / len(rows)
 
 
 def main() -> None:
@@ -95,7 +87,7 @@ def main() -> None:
         callbacks=[times],
     )
     trainer.train()
-    print(json.dumps({"times": times.times, "accuracies": times.accuracies}))
+    print(json.dumps({"times": times.times}))
 
 
 if __name__ == "__main__":

@@ -232,5 +232,7 @@ class StepReport:
     """Seconds that the step before took after its new weights were there: to copy or publish them, to wait for the
     publication before, and to checkpoint. What is published beside the next step is not in it."""
     metrics: Mapping[str, float]
+    held_s: float = 0.0
+    """Seconds that the learner waited, after training, for the weights of the step before to be published."""
     skipped: str | None = None
     """Why the step left the weights as they were, where it did; names its tickets."""

@@ -107,9 +107,10 @@ def train(
                 checked = trainer.check_logps(tensors, version, step)
                 result = trainer.step(tensors, step)
             done_s = clock()
-            metrics = {**result.metrics, **checked}
-            told = StepReport(step, received - began, done_s - received, last_publish_s, metrics, result.skipped)
             publication.wait()  # a version is made from the one that is published
+            metrics = {**result.metrics, **checked}
+            times = (received - began, done_s - received, last_publish_s)
+            told = StepReport(step, *times, metrics, clock() - done_s, result.skipped)
             version = world.from_first(partial(link.trained, told, staleness))
             publish(version, step)
             done = step

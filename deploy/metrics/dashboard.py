@@ -124,9 +124,13 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...
                 (("distrl_busy_places{$run} / distrl_places{$run}", "{{stage}}"),),
             ),
             (
-                "Pause per weight update",
+                "Weight update",
                 "s",
                 (
+                    (
+                        f"histogram_quantile(0.99, {_RATE.format('distrl_weight_publish_seconds_bucket{$run}')})",
+                        "publish, 99 %",
+                    ),
                     (
                         f"histogram_quantile(0.99, {_RATE.format('distrl_weight_update_pause_seconds_bucket{$run}')})",
                         "pause, 99 %",

@@ -89,6 +89,8 @@ class Exporter:
                 self._take_step(record)
             case "load":
                 self._take_load(record)
+            case "published":
+                self._families.publish.observe(record["publish_s"])
             case "evaluation":
                 self._families.accuracy.labels(record["name"]).set(record["accuracy"])
             case "failed_call":

@@ -87,6 +87,7 @@ class Families:
         self.version_lag = gauge("version_lag_steps", "Optimizer steps that an actor's weights are behind", "actor")
         self.pause = histogram("weight_update_pause_seconds", "In which an actor sampled nothing to load", PAUSES_S)
         self.fetch = histogram("weight_update_fetch_seconds", "To fetch and verify weights while sampling", PAUSES_S)
+        self.publish = histogram("weight_publish_seconds", "From the end of a step to its publication", PAUSES_S)
         self.weight_bytes = counter("weight_update_bytes", "Bytes of weights that actors fetched")
         self.waiting = counter(
             "waiting_seconds", "Time a stage had nothing to do, by what it waited for", "stage", "cause"

@@ -38,6 +38,7 @@ STEP_FIELDS = [
     pa.field("wait_s", pa.float64()),
     pa.field("train_s", pa.float64()),
     pa.field("publish_s", pa.float64()),
+    pa.field("held_s", pa.float64()),
 ]
 """The fixed columns of `steps`; every metric of the objective follows under its own name."""
 

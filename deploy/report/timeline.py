@@ -50,12 +50,12 @@ def choose_window(steps: pa.Table, tickets: pa.Table) -> Window | None:
     """
     if not steps.num_rows:
         return None
-    rows = steps.select(["step", "time_s", "wait_s", "train_s", "tickets"]).to_pylist()
+    rows = steps.select(["step", "time_s", "wait_s", "train_s", "held_s", "tickets"]).to_pylist()
     most = max(r["tickets"] or 1 for r in rows)
     count = max(1, min(WINDOW_STEPS, len(rows), WINDOW_TICKETS // most))
     first = (len(rows) - count) // 2
     begin, end = rows[first], rows[first + count - 1]
-    start_s = begin["time_s"] - begin["train_s"] - begin["wait_s"]
+    start_s = begin["time_s"] - (begin["held_s"] or 0.0) - begin["train_s"] - begin["wait_s"]
     return Window(begin["step"], end["step"], start_s, end["time_s"])
 
 
@@ -72,7 +72,7 @@ def timeline(
         return TIMELINE.empty_table()
     spans = [
         *_stage_spans(run_dir, window, ledger.tickets, missing),
-        *_learner_spans(steps),
+        *_learner_spans(steps, ledger),
         *_load_spans(records),
         *_evaluation_spans(ledger),
     ]
@@ -128,16 +128,19 @@ def _stage_spans(run_dir: RunDir, window: Window, tickets: pa.Table, missing: Mi
     return spans
 
 
-def _learner_spans(steps: pa.Table) -> list[Record]:
-    """A step's record is written when its weights are made, and says how long it waited and trained before."""
+def _learner_spans(steps: pa.Table, ledger: LedgerTables) -> list[Record]:
+    """A step's record is written when it is told, and says how long it waited and trained before that, and how long it
+    was held after it. Its weights are published when the ledger says so; the next step may have begun."""
+    published = {ledger.versions[v].step: at for v, at in ledger.published_s.items()}
     spans = []
-    for row in steps.select(["step", "time_s", "wait_s", "train_s", "publish_s"]).to_pylist():
-        step, trained_s = row["step"], row["time_s"]
+    for row in steps.select(["step", "time_s", "wait_s", "train_s", "held_s"]).to_pylist():
+        step, told_s = row["step"], row["time_s"]
+        trained_s = told_s - (row["held_s"] or 0.0)
         received_s = trained_s - row["train_s"]
         spans.append(_span("wait", received_s - row["wait_s"], received_s, step=step, actor="learner"))
         spans.append(_span("train", received_s, trained_s, step=step, actor="learner"))
-        if row["publish_s"] is not None:
-            spans.append(_span("publish", trained_s, trained_s + row["publish_s"], step=step, actor="learner"))
+        if step in published:
+            spans.append(_span("publish", told_s, published[step], step=step, actor="learner"))
     return spans
 
 

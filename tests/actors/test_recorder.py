@@ -10,7 +10,7 @@ import actors.recorder
 from actors.recorder import Recorder
 from distrl.messages import LoadReceipt, StepReport
 
-REPORT = StepReport(step=3, wait_s=0.5, train_s=1.5, last_publish_s=0.25, metrics={"loss": 2.0})
+REPORT = StepReport(step=3, wait_s=0.5, train_s=1.5, last_publish_s=0.25, metrics={"loss": 2.0}, held_s=0.125)
 
 
 @pytest.fixture(name="path")
@@ -32,6 +32,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
     recorder.event("failed", "disk full")
     recorder.load("generation-0", LoadReceipt(4, 0.5, 0.25, 7, moved_bytes=64, moved_tensors=2), "policy")
     recorder.evaluation({"name": "before", "accuracy": 0.5})
+    recorder.published(4, 3, 0.75)
 
     expected = [
         {"number": 0, "time_s": 100.0, "kind": "failed", "message": "disk full"},
@@ -51,6 +52,7 @@ def test_each_record_has_a_number_a_time_and_a_kind_and_is_a_line_of_the_file_at
             "fallback": None,
         },
         {"number": 2, "time_s": 102.0, "kind": "evaluation", "name": "before", "accuracy": 0.5},
+        {"number": 3, "time_s": 103.0, "kind": "published", "version": 4, "step": 3, "publish_s": 0.75},
     ]
     assert recorder.after(-1) == expected
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected  # it is not closed yet
@@ -67,6 +69,7 @@ def test_a_step_has_the_batch_s_mean_reward_and_its_staleness(recorder: Recorder
             "wait_s": 0.5,
             "train_s": 1.5,
             "last_publish_s": 0.25,
+            "held_s": 0.125,
             "skipped": None,
             "metrics": {"loss": 2.0},
             "reward_mean": 0.5,

@@ -74,7 +74,14 @@ def compared(grades: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def run(
-    link: GatedLink, directory: Path, *, steps: int = 3, beside: bool = True, every: int = 100, recipe: str = "ppo"
+    link: GatedLink,
+    directory: Path,
+    *,
+    steps: int = 3,
+    beside: bool = True,
+    every: int = 100,
+    recipe: str = "ppo",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> GatedLink:
     settings = LoopSettings(
         steps=steps,
@@ -87,7 +94,7 @@ def run(
         publish_beside=beside,
     )
     trainer = Trainer(make_model(), Tokenizer(), build(recipe), settings)
-    train(trainer, settings, link, trainer._world, None, lambda metrics: None)
+    train(trainer, settings, link, trainer._world, None, lambda metrics: None, clock)
     return link
 
 
@@ -130,6 +137,31 @@ def test_what_is_published_are_the_weights_of_its_step_however_far_the_next_one_
             assert torch.equal(link.published[version][name], tensor), (version, name)
     weights = [link.published["policy", n]["model.embed_tokens.weight"] for n in (1, 2)]
     assert not torch.equal(*weights)
+
+
+def test_a_step_says_how_long_it_was_held_by_the_publication_before_it(tmp_path: Path) -> None:
+    now = [0.0]
+
+    @dataclass
+    class Slow(GatedLink):
+        def publish(self, manifest: Manifest, tensors: Mapping[str, Tensor], *, again: bool = False) -> None:
+            super().publish(manifest, tensors, again=again)
+            if manifest.version == 1:
+                now[0] += 5.0
+
+    link = Slow(gates={1: threading.Event()})
+    wait = Publication.wait
+
+    def open_and_wait(self: Publication) -> None:
+        if "batch 2" in link.happened:  # and trained on it: only its report is held
+            link.gates[1].set()
+        wait(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Publication, "wait", open_and_wait)
+        run(link, tmp_path, steps=2, clock=lambda: now[0])
+    assert [report.held_s for report in link.reports] == [0.0, 5.0]
+    assert [report.train_s for report in link.reports] == [0.0, 0.0]
 
 
 def test_without_a_thread_a_step_is_published_before_anything_else_happens(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def record(recorder: Recorder, step: int, **metrics: float) -> None:
     """What the coordinator records of one step: two tickets, one of them a step old, and a pull of its weights."""
     report = StepReport(step, wait_s=1.0, train_s=6.0, last_publish_s=1.0, metrics={**METRICS, **metrics})
     recorder.step(report, rewards=[0.25, 0.75], staleness=[0, 1], tokens=40)
+    recorder.published(step, step, publish_s=0.5)
     recorder.load(
         "generation-0", LoadReceipt(step, fetch_s=0.2, pause_s=0.02, sequences_in_flight=3, moved_bytes=500), "policy"
     )

@@ -57,6 +57,8 @@ def test_the_numbers_of_a_snapshot_are_those_of_the_run() -> None:
         "distrl_staleness_steps_sum{}": 3,
         "distrl_weight_update_pause_seconds_count{}": 3,
         "distrl_weight_update_bytes_total{}": 1500,
+        "distrl_weight_publish_seconds_count{}": 3,
+        "distrl_weight_publish_seconds_sum{}": 1.5,
         "distrl_kl_reference_nats{}": 0.02,
         "distrl_logp_mismatch_mean_nats{}": 0.001,
         "distrl_logp_mismatch_max_nats{}": 0.01,

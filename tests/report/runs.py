@@ -206,7 +206,9 @@ def _step(
     metrics: dict[str, float],
 ) -> None:
     usual = {"loss": 0.5 - step / 8, "kl_behavior": step / 64, "grad_norm": 2.0 + step, "ratio_mean": 1.0}
-    report = StepReport(step, 1.0 + step / 4, 5.0, 0.0 if step == 1 else 0.25, {**usual, **metrics})
+    times = (1.0 + step / 4, 5.0, 0.0 if step == 1 else 0.25)
+    # The third waits for the publication of the second.
+    report = StepReport(step, *times, {**usual, **metrics}, held_s=0.125 if step == 3 else 0.0)
     made.reports.append(report)
     drawn = [d for d in made.drawn if d.ticket_id in staleness]
     version = ledger.mark_trained(step, staleness, parent=step - 1)

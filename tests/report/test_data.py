@@ -92,8 +92,15 @@ def test_the_timeline_has_every_stage_of_every_ticket_and_the_learner(made: Made
     for lane, start, end in (("generation", 5.5, 4), ("grading", 3.5, 3.25), ("reference", 3.0, 2.5)):
         found = {r["ticket_id"]: (r["started_s"], r["finished_s"]) for r in rows if r["lane"] == lane}
         assert found == {ticket: (at - start, at - end) for ticket, at in ends_s.items()}
+    held_s = {3: 0.125}
+    ended_s = {s: BEGAN_S + STEP_S * s - held_s.get(s, 0) for s in range(1, 5)}
     assert [(r["step"], r["started_s"], r["finished_s"]) for r in rows if r["lane"] == "train"] == [
-        (s, BEGAN_S + STEP_S * s - 5, BEGAN_S + STEP_S * s) for s in range(1, 5)
+        (s, at - 5, at) for s, at in ended_s.items()
+    ]
+    # From the end of a step's record to the ledger's time of its publication.
+    assert [(r["step"], r["started_s"], r["finished_s"]) for r in rows if r["lane"] == "publish"] == [
+        (s, BEGAN_S + STEP_S * s, BEGAN_S + STEP_S * s + 0.25)
+        for s in range(1, 4)  # the fourth begins where the window ends
     ]
 
 
@@ -102,8 +109,8 @@ def test_the_shares_of_the_window_are_those_of_the_spans(made: MadeRun) -> None:
     window = data.facts.window
     assert window is not None
     trained, sampled = (clipped(spans_of(data.timeline, lane), window) for lane in ("train", "generation"))
-    # Each step: training from -5 to 0, generation from -5.5 to -4.
-    assert overlap_s(trained, sampled) == pytest.approx(4 * 1.0)
+    # Each step: training from -5 to 0, of the third 0.125 earlier; generation from -5.5 to -4.
+    assert overlap_s(trained, sampled) == pytest.approx(4 * 1.0 + 0.125)
     assert sum(e - s for s, e in sampled) == pytest.approx(4 * 1.5)
 
 

@@ -80,6 +80,9 @@ def test_a_batch_is_granted_before_the_last_step_is_published_and_counts_as_a_st
         # It trains on: what it had been given is still in its hands.
         assert (seen["publishing"], seen["granted"], seen["step"]) == (None, 2, 1)
         assert seen["learner"]["does"] == "trains step 2 on 2 tickets"
+        (published,) = [r for r in seen["records"] if r["kind"] == "published"]
+        assert (published["version"], published["step"]) == (1, 1)
+        assert published["publish_s"] >= 0
         await system.finish_step(second)
         assert {v.version: v.parent for v in system.ledger.versions().values()} == {0: None, 1: 0, 2: 1}
         assert [t.staleness for t in (await system.learn(3)).tickets] in ([0, 0], [1, 1])
