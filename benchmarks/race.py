@@ -47,7 +47,7 @@ def accuracy(config: Config, model: Path) -> float:
     overrides = [f"model.path={model}", f"evaluation.problems={PROBLEMS}"]
     measured = make_config(config.model_dump(mode="json"), overrides)
     found = evaluate_model(measured, [], 1, [1], lambda name, done, problems: None)
-    return float(found["sets"][0]["accuracy"])
+    return float(found["sets"][0]["accuracy"]["value"])
 
 
 def reached(curve: Curve, target: float) -> float | None:

@@ -4,16 +4,15 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from deploy.config_schema import schema_reference
+from deploy.starter_tasks import TaskName
 from distrl.config import Config
 from distrl.errors import RefusedError
-
-TaskName = Literal["sort_digits", "jsonl", "reasoning_gym"]
 
 Values = Mapping[str, Mapping[str, Any]]
 

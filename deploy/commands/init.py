@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.starter import TaskName
+from deploy.starter_tasks import TaskName
 
 
 def init(

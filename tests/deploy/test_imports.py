@@ -7,7 +7,7 @@ import pytest
 
 
 def heavy_modules(module: str) -> str:
-    heavy = "{'torch', 'transformers', 'ray.train', 'sympy', 'pandas', 'peft'}"
+    heavy = "{'torch', 'transformers', 'ray', 'ray.train', 'sympy', 'pandas', 'peft', 'numpy', 'pydantic'}"
     code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
@@ -16,8 +16,12 @@ def heavy_modules(module: str) -> str:
     "actor", ["coordinator", "environment", "generation", "grading", "journal", "policy_store", "reference"]
 )
 def test_holders_of_an_actors_handle_import_neither_torch_nor_transformers(actor: str) -> None:
-    assert heavy_modules(f"deploy.remote.{actor}") == ""
+    assert set(heavy_modules(f"deploy.remote.{actor}").split()) <= {"numpy", "pydantic", "ray"}
 
 
 def test_the_driver_imports_torch_for_the_check_of_the_objective_and_no_model_code() -> None:
-    assert heavy_modules("deploy.run") == "torch"
+    assert heavy_modules("deploy.run") == "numpy pydantic ray torch"
+
+
+def test_help_imports_neither_the_config_nor_numpy() -> None:
+    assert heavy_modules("deploy.cli") == ""

@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from deploy.config_schema import config_schema
-from deploy.starter import FILL_IN, TaskName, starter
+from deploy.starter import FILL_IN, starter
+from deploy.starter_tasks import TaskName
 from distrl.config import Config, known_keys, load_config
 from distrl.tasks import load_task
 from distrl.tasks.config import Source
