@@ -150,9 +150,9 @@ def _shares(timeline: pa.Table, window: Window) -> tuple[StageShare, ...]:
         spans = clipped(spans_of(timeline, lane), window)
         busy = sum(e - s for s, e in spans) / (window.end_s - window.start_s)
         beside = overlap_s(trained, spans) / training_s if training_s else None
-        is_learner = lane in ("train", "wait", "publish")
+        in_turn = lane in ("train", "wait")
         label = {"train": "Learner: training", "wait": "Learner: waiting", "publish": "Learner: publishing"}.get(lane)
         if spans or lane in STAGES:
             name = label or _LABELS[lane]
-            shares.append(StageShare(name, percent(busy), "" if is_learner else percent(beside)))
+            shares.append(StageShare(name, percent(busy), "" if in_turn else percent(beside)))
     return tuple(shares)

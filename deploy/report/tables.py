@@ -30,7 +30,7 @@ def waits_table(data: ReportData) -> Rows:
         (
             "Learner: publishing",
             duration(sum(s or 0.0 for s in steps["publish_s"].to_pylist())),
-            "weights to the policy store, and checkpoints",
+            "held up by copying or sending weights, and by checkpoints",
         ),
         ("Learner: first wait", duration(waits[0] if waits else None), "for the run's first batch"),
         ("Learner: later waits", duration(sum(waits[1:]) if waits else None), "for all other batches"),
